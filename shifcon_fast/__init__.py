@@ -1,0 +1,51 @@
+"""ShifCon for any Hugging Face decoder: language-subspace shift, contrastive QLoRA, and their kernels.
+
+Names load on first use, so that ``import shifcon_fast`` and ``from shifcon_fast import ops`` stay quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shifcon_fast import ops as ops
+    from shifcon_fast.modeling.attach import attach as attach
+    from shifcon_fast.modeling.estimate import estimate_space as estimate_space
+    from shifcon_fast.objective.mcl import mcl_loss as mcl_loss
+    from shifcon_fast.space.area import recommend_area as recommend_area
+    from shifcon_fast.space.language_space import LanguageSpace as LanguageSpace
+    from shifcon_fast.training.arguments import ShifConArguments as ShifConArguments
+    from shifcon_fast.training.quantization import load_quantized as load_quantized
+    from shifcon_fast.training.run_folder import load as load
+    from shifcon_fast.training.trainer import ShifConTrainer as ShifConTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LanguageSpace": "shifcon_fast.space.language_space",
+    "ShifConArguments": "shifcon_fast.training.arguments",
+    "ShifConTrainer": "shifcon_fast.training.trainer",
+    "attach": "shifcon_fast.modeling.attach",
+    "estimate_space": "shifcon_fast.modeling.estimate",
+    "load": "shifcon_fast.training.run_folder",
+    "load_quantized": "shifcon_fast.training.quantization",
+    "mcl_loss": "shifcon_fast.objective.mcl",
+    "recommend_area": "shifcon_fast.space.area",
+}
+
+__all__ = ["__version__", "ops", *sorted(_HOME)]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("shifcon_fast.ops")
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'shifcon_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
