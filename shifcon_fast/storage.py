@@ -1,8 +1,9 @@
 """Crash-safe folders: a reader sees the state before an update or the state after it, never a mixture.
 
-An update is staged in a hidden sub-folder and committed by one atomic ``os.replace`` of a small commit record;
-only then are the staged files moved into place. Whoever opens the folder next calls :func:`settle`, which rolls a
-committed update forward and discards an uncommitted one (write-ahead logging, as in a database).
+An update is staged in a hidden sub-folder and committed by one atomic ``os.replace`` of a small record; only
+then are the staged files moved into place. Whoever reads the folder next calls :func:`settle`, which rolls a
+committed update forward; the next writer discards what was never committed (write-ahead logging, as in a
+database). One writer at a time; readers may come at any moment.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -68,18 +69,10 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 
 def sha256_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(stream)
-        )
-
-
-def _sha256(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -87,17 +80,19 @@ def _sha256(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 def staged_update(folder: str | Path) -> Iterator[Path]:
     """Yield an empty staging folder; on success its files replace those of ``folder`` all together.
 
-    Files of ``folder`` that the update does not write stay as they are. If the body raises (a full disk, Ctrl-C) or
-    the process is killed at any moment, readers that call :func:`settle` see the previous state.
+    Files of ``folder`` that the update does not write stay as they are. If the body raises (a full disk,
+    Ctrl-C) or the process is killed at any moment, readers that call :func:`settle` see the previous state.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
+    for leftover in folder.glob(f"{_STAGING_PREFIX}*"):  # never committed: its writer died
+        shutil.rmtree(leftover, ignore_errors=True)
     staging = folder / f"{_STAGING_PREFIX}{uuid4().hex[:8]}"
     staging.mkdir()
     try:
         yield staging
-        files = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+        files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         for name in files:
             _sync_file(staging / name)
         _sync_folder(staging)
@@ -111,26 +106,27 @@ def staged_update(folder: str | Path) -> Iterator[Path]:
 
 
 def settle(folder: str | Path) -> None:
-    """Finish an interrupted :func:`staged_update`: roll a committed one forward, discard an uncommitted one.
+    """Roll a committed :func:`staged_update` forward where its writer died before the files were moved.
 
-    Does nothing where no update was interrupted, so that read-only folders can be read.
+    Does nothing where no update was interrupted, so that read-only folders can be read. Safe to call while
+    another process settles the same folder.
+
+    Raises:
+        ValueError: the commit record is damaged or names a file outside of the folder.
     """
     folder = Path(folder)
     record = folder / _COMMIT_RECORD
-    if record.exists():
-        commit = read_json(record, "the commit record of an interrupted update")
-        staging = folder / Path(commit["staging"]).name
-        for name in commit["files"]:
-            source, target = staging / name, folder / name
-            if not target.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(
-                    f"{record}: names {name!r}, which lies outside the folder; delete the record to go on"
-                )
-            if source.exists():  # already moved where a roll-forward was itself interrupted
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
-        _sync_folder(folder)
-        record.unlink()
-    if folder.is_dir():
-        for leftover in folder.glob(f"{_STAGING_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    if not record.exists():
+        return
+    commit = read_json(record, "the commit record of an interrupted update")
+    staging = folder / Path(commit["staging"]).name
+    for name in commit["files"]:
+        target = folder / name
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{record}: names {name!r}, which lies outside of the folder; delete the record")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # moved already, by the roll-forward that was itself interrupted
+            os.replace(staging / name, target)
+    _sync_folder(folder)
+    record.unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
