@@ -1,0 +1,42 @@
+# make demo   create the environment, build what there is to build, run the whole method on a generated world
+# make test   create the environment if it is not there, check style and types, run the tests
+# make format, make clean, make lock
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= demo-output
+BIN    := $(VENV)/bin
+# Everything that decides what the environment holds; when one changes, the environment is brought up to date.
+INPUTS := pyproject.toml setup.py requirements.lock
+
+.PHONY: demo test lint format clean lock
+
+demo: $(VENV)/.ready
+	$(BIN)/shifcon demo --output $(DEMO)
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and by its pin: a range would resolve to the newest CUDA build, and an isolated build would fetch it again.
+$(VENV)/.ready: $(INPUTS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools wheel torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock \
+		--no-build-isolation --editable '.[test]'
+	@touch $@
+
+# The lock: what the environment resolves to now, without this package itself.
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable --all | grep -viE '^(pip|shifcon)' | sed 's/+cpu$$//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(DEMO)
