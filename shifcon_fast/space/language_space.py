@@ -1,0 +1,252 @@
+"""The language space: what is known about every language at every boundary of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shifcon_fast.space import files
+from shifcon_fast.space.subspace import Subspace, subspace_distance
+
+
+@dataclass(eq=False)
+class LanguageSpace:
+    """Language vectors and subspaces of K languages at the boundaries of a model with hidden size d.
+
+    Boundary k is the residual stream *entering* block k: a model with L blocks has boundaries 0 … L−1.
+
+    Attributes:
+        languages: codes; the position of a code is its language id.
+        pivot: the code of the pivot language.
+        mean: (L, K, d) float32, language vectors v(l, k). NaN at boundaries that were not estimated.
+        counts: sentences per language.
+        rms: (L,) float32, √(mean ‖h‖²) over the content tokens of all languages.
+        bos_share: (L, K) float32, the share of BOS in the norm of a sentence mean that includes it, averaged over
+            sentences: ‖h_bos‖ / (‖h_bos‖ + ‖Σ h of the other tokens‖). 0 where the tokenizer adds no BOS.
+        bases: (boundary, language) → (d, k) float32 orthonormal columns. Empty where subspaces were not asked for.
+        variances: (boundary, language) → (k,) float32, s²/(n−1) along each column.
+        ridge: (L,) float64, ε of the subspace distance at each boundary.
+        floors: (L, K) float32, distance between two halves of the same language.
+        split_distances: (L, K) float32, distance of a language to the pivot between such halves.
+        card: JSON-able: "model" (its fingerprint), "tokenizer", "versions", "recipe", "rank", "variance".
+    """
+
+    languages: tuple[str, ...]
+    pivot: str
+    mean: Tensor
+    counts: dict[str, int]
+    rms: Tensor
+    bos_share: Tensor
+    bases: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
+    variances: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
+    ridge: Tensor | None = None
+    floors: Tensor | None = None
+    split_distances: Tensor | None = None
+    card: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.languages = tuple(self.languages)
+        if len(set(self.languages)) != len(self.languages):
+            raise ValueError(f"languages: got {list(self.languages)}; wanted every code once")
+        if self.pivot not in self.languages:
+            raise ValueError(f"pivot: got {self.pivot!r}; wanted one of {list(self.languages)}")
+        if self.mean.dim() != 3 or self.mean.shape[1] != len(self.languages):
+            raise ValueError(
+                f"mean: got shape {tuple(self.mean.shape)}; wanted (boundaries, {len(self.languages)} languages, d)"
+            )
+        self.mean = self.mean.detach().to(device="cpu", dtype=torch.float32)
+        boundaries, k, d = self.mean.shape
+        wanted = {
+            "rms": (boundaries,),
+            "bos_share": (boundaries, k),
+            "ridge": (boundaries,),
+            "floors": (boundaries, k),
+            "split_distances": (boundaries, k),
+        }
+        for name, shape in wanted.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}; wanted {shape}")
+        if self.bases.keys() != self.variances.keys():
+            raise ValueError("variances: must hold the same (boundary, language) pairs as bases")
+        for key, basis in self.bases.items():
+            rank = self.variances[key].numel()
+            if tuple(basis.shape) != (d, rank):
+                raise ValueError(f"bases[{key}]: got shape {tuple(basis.shape)}; wanted {(d, rank)}")
+
+    @property
+    def num_boundaries(self) -> int:
+        """L, the number of decoder blocks: boundaries are 0 … L−1."""
+        return self.mean.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the residual stream."""
+        return self.mean.shape[2]
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The boundaries that were estimated."""
+        return tuple(torch.isfinite(self.mean).all(dim=(1, 2)).nonzero().flatten().tolist())
+
+    def language_id(self, language: str) -> int:
+        """Position of a language's code; ValueError with the known codes when it is not one of them."""
+        try:
+            return self.languages.index(language)
+        except ValueError:
+            raise ValueError(
+                f"language: got {language!r}; this language space knows {', '.join(self.languages)}"
+            ) from None
+
+    def shift_vectors(self, boundary: int) -> Tensor:
+        """(K, d) float32: v(pivot) − v(l) at a boundary, the shift toward; exactly 0 for the pivot."""
+        mean = self.mean[self._estimated(boundary)]
+        return mean[self.language_id(self.pivot)] - mean
+
+    def subspace(self, boundary: int, language: str) -> Subspace:
+        """A language's affine subspace at a boundary."""
+        position, key = self.language_id(language), (self._estimated(boundary), language)
+        if key not in self.bases:
+            raise ValueError(
+                f"boundary: no subspaces at boundary {boundary}; this space was estimated with subspaces=False"
+            )
+        return Subspace(self.mean[boundary, position], self.bases[key], self.variances[key])
+
+    def distance(self, boundary: int, a: str, b: str) -> float:
+        """Subspace distance D(a, b) at a boundary, from all sentences (see ``subspace_distance``).
+
+        The noise floor is taken at half as many sentences: compare ``split_distance`` to it.
+        """
+        first, second = self.subspace(boundary, a), self.subspace(boundary, b)
+        if a == b:
+            return 0.0
+        assert self.ridge is not None  # estimated with the subspaces
+        return subspace_distance(first, second, float(self.ridge[boundary]))
+
+    def split_distance(self, boundary: int, language: str) -> float:
+        """Distance to the pivot between disjoint halves of the sentences: even of one against odd of the other.
+
+        Averaged over the two ways of pairing. It differs from the noise floor in nothing but the language, so a
+        language whose ``split_distance`` is not above ``noise_floor`` cannot be told from the pivot by its shape.
+        NaN with fewer than four sentences; 0 for the pivot.
+        """
+        return float(self._measured("split_distances", boundary)[self.language_id(language)])
+
+    def noise_floor(self, boundary: int, language: str | None = None) -> float:
+        """Distance between the even and the odd sentences of the same language; without one, the languages' mean.
+
+        Halves hold n/2 sentences, and sampling noise shrinks with n, so for ``distance`` (n sentences) it is an
+        upper bound of what noise alone gives. NaN with fewer than four sentences.
+        """
+        floors = self._measured("floors", boundary)
+        return float(floors.nanmean() if language is None else floors[self.language_id(language)])
+
+    def mean_gap(self, boundary: int, language: str) -> float:
+        """‖v(language) − v(pivot)‖ / rms‖h‖ at a boundary: the shift's length against a hidden state's."""
+        shift = self.shift_vectors(boundary)[self.language_id(language)]
+        return float(shift.double().norm() / self.rms[boundary].double())
+
+    def replace_means(self, mean: Tensor) -> LanguageSpace:
+        """A new space with other language vectors (L, K, d); everything else is shared with this one.
+
+        Raises:
+            ValueError: ``mean`` has another shape.
+        """
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"mean: got shape {tuple(mean.shape)}; wanted {tuple(self.mean.shape)}")
+        return replace(self, mean=mean.detach().to(device="cpu", dtype=torch.float32, copy=True))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``language_space.safetensors`` and ``language_space.json`` into a folder, both or neither."""
+        tensors = {"mean": self.mean, "rms": self.rms, "bos_share": self.bos_share}
+        for name in files.OPTIONAL_TENSORS:
+            if (value := getattr(self, name)) is not None:
+                tensors[name] = value
+        for (boundary, language), basis in self.bases.items():
+            tensors[f"basis.{boundary}.{language}"] = basis
+            tensors[f"variances.{boundary}.{language}"] = self.variances[boundary, language]
+        description = {
+            "languages": list(self.languages),
+            "pivot": self.pivot,
+            "num_boundaries": self.num_boundaries,
+            "hidden_size": self.hidden_size,
+            "boundaries": list(self.boundaries),
+            "sentences": self.counts,
+        }
+        files.write(Path(folder), tensors, description, self.card)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LanguageSpace:
+        """Read a folder that ``save`` wrote.
+
+        Raises:
+            ValueError: not a language space, a format of a newer version, missing or misshapen tensors, or a file
+                damaged since it was written; the message names the file.
+        """
+        tensors, description, card = files.read(Path(folder))
+        return cls._from_parts(Path(folder), tensors, description, card)
+
+    @classmethod
+    def _from_parts(
+        cls, folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], card: dict[str, Any]
+    ) -> LanguageSpace:
+        bases: dict[tuple[int, str], Tensor] = {}
+        variances: dict[tuple[int, str], Tensor] = {}
+        try:
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind in ("basis", "variances"):
+                    boundary, _, language = rest.partition(".")
+                    (bases if kind == "basis" else variances)[int(boundary), language] = tensor
+            space = cls(
+                languages=tuple(description["languages"]),
+                pivot=description["pivot"],
+                mean=tensors["mean"],
+                counts=dict(description["sentences"]),
+                rms=tensors["rms"],
+                bos_share=tensors["bos_share"],
+                bases=bases,
+                variances=variances,
+                **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},
+                card=card,
+            )
+            if bases and space.ridge is None:
+                raise KeyError("ridge")
+            recorded = (description["num_boundaries"], description["hidden_size"])
+        except KeyError as error:
+            raise ValueError(
+                f"{folder}: the language space lacks {error}; it is damaged, estimate it again"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder}: the language space is damaged: {error}") from error
+        if recorded != (space.num_boundaries, space.hidden_size):
+            raise ValueError(
+                f"{folder}: the card says {recorded[0]} boundaries of hidden size {recorded[1]}, the tensors hold "
+                f"{space.num_boundaries} of {space.hidden_size}; the two files do not belong together"
+            )
+        return space
+
+    def _estimated(self, boundary: int) -> int:
+        if not 0 <= boundary < self.num_boundaries:
+            raise ValueError(
+                f"boundary: got {boundary}; this space has boundaries 0 … {self.num_boundaries - 1}"
+            )
+        if not torch.isfinite(self.mean[boundary]).all():
+            raise ValueError(
+                f"boundary: {boundary} was not estimated; this space has {list(self.boundaries)}"
+            )
+        return boundary
+
+    def _measured(self, name: str, boundary: int) -> Tensor:
+        value: Tensor | None = getattr(self, name)
+        self._estimated(boundary)
+        if value is None:
+            raise ValueError(
+                "boundary: no distances were measured; this space was estimated with subspaces=False"
+            )
+        return value[boundary]
