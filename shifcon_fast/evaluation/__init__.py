@@ -1,0 +1,1 @@
+"""Measure a model: retrieval, MEXA, perplexity, exact match, answer language, and intervals around all of them."""
