@@ -1,0 +1,287 @@
+"""Streaming estimation of a language space from sentence representations, one range of boundaries at a time.
+
+What is kept: O(d) per language and boundary for the means, and the n × d matrices of sentence representations only
+for the boundaries of the range at hand. Everything lies on the CPU; sums are float64, so that neither the order nor
+the size of the batches shows in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.subspace import (
+    Subspace,
+    check_truncation,
+    common_ridge,
+    principal_subspace,
+    subspace_distance,
+)
+
+_FLOAT32_BYTES = 4
+
+
+class SpaceEstimator:
+    """Accumulates representations and turns them into a :class:`LanguageSpace`.
+
+    Usage::
+
+        estimator = SpaceEstimator({"en": 100, "sw": 100}, "en", num_boundaries=16, hidden_size=2048)
+        for boundaries in estimator.ranges(range(16), memory_bytes=2 << 30):
+            with estimator.boundary_range(boundaries):
+                ...  # one pass over the sentences, estimator.update(...) for each batch
+        space = estimator.finish(card)
+
+    Args:
+        sentences: number of sentences of each language, at least two; its order gives the language ids.
+        pivot: code of the pivot language.
+        num_boundaries: L, the number of decoder blocks.
+        hidden_size: d.
+        subspaces: whether to estimate subspaces and distances; without, no sentence matrices are kept.
+        rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
+        batch_means: average the batches' means, each batch counting once, instead of the sentences (``official``).
+
+    Raises:
+        ValueError: fewer than two sentences or languages, a pivot without sentences, a bad ``rank`` or
+            ``variance``.
+    """
+
+    def __init__(
+        self,
+        sentences: Mapping[str, int],
+        pivot: str,
+        *,
+        num_boundaries: int,
+        hidden_size: int,
+        subspaces: bool = True,
+        rank: int | None = None,
+        variance: float = 0.9,
+        batch_means: bool = False,
+    ) -> None:
+        check_truncation(rank, variance)
+        if pivot not in sentences:
+            raise ValueError(
+                f"pivot: {pivot!r} has no sentences; found {', '.join(sentences) or 'no language'}"
+            )
+        if len(sentences) < 2:
+            raise ValueError(
+                f"sentences: got only {pivot!r}; wanted the pivot and at least one other language"
+            )
+        for language, count in sentences.items():
+            if count < 2:
+                raise ValueError(f"sentences: {language!r} has {count}; wanted at least two")
+        self._languages = tuple(sentences)
+        self._counts = dict(sentences)
+        self._pivot = pivot
+        self._hidden_size = hidden_size
+        self._subspaces, self._rank, self._variance = subspaces, rank, variance
+        self._batch_means = batch_means
+
+        shape = (num_boundaries, len(self._languages))
+        nan = float("nan")
+        self._mean = torch.full((*shape, hidden_size), nan)
+        self._rms = torch.full((num_boundaries,), nan)
+        self._bos_share = torch.full(shape, nan)
+        self._ridge = torch.full((num_boundaries,), nan, dtype=torch.float64)
+        self._floors = torch.full(shape, nan)
+        self._split_distances = torch.full(shape, nan)
+        self._bases: dict[tuple[int, str], Tensor] = {}
+        self._variances: dict[tuple[int, str], Tensor] = {}
+        self._range: _RangeSums | None = None
+
+    def ranges(self, boundaries: Sequence[int], *, memory_bytes: float) -> list[list[int]]:
+        """Split boundaries into ranges whose sentence matrices fit into ``memory_bytes``.
+
+        At least one boundary each. The deepest range comes first, and each needs a pass only as far as its last boundary.
+        """
+        ordered = sorted(boundaries, reverse=True)
+        per_boundary = sum(self._counts.values()) * self._hidden_size * _FLOAT32_BYTES
+        size = max(1, int(memory_bytes // per_boundary)) if self._subspaces else len(ordered)
+        return [sorted(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+    @contextmanager
+    def boundary_range(self, boundaries: Sequence[int]) -> Iterator[None]:
+        """Accept updates for these boundaries; on leaving, reduce them and free their sentence matrices.
+
+        Raises:
+            ValueError: on leaving, when not every sentence of every language was given exactly once.
+        """
+        self._range = _RangeSums(
+            boundaries, self._counts, self._hidden_size, self._subspaces, self._batch_means
+        )
+        try:
+            yield
+            self._reduce(self._range)
+        finally:
+            self._range = None
+
+    def update(
+        self,
+        language: str,
+        positions: Sequence[int],
+        representations: Tensor,
+        *,
+        square_norms: Tensor,
+        tokens: int,
+        bos_share: Tensor,
+    ) -> None:
+        """Add one batch of n sentences of one language, at the b boundaries of the range.
+
+        Args:
+            language: its code.
+            positions: (n,) indices of the sentences in the language's list; even and odd ones are the halves.
+            representations: (b, n, d) float32.
+            square_norms: (b,) float32 or float64, Σ‖h‖² over the batch's content tokens.
+            tokens: number of those content tokens.
+            bos_share: (b, n), see :class:`LanguageSpace`.
+
+        Raises:
+            ValueError: no range is open, shapes do not fit, a sentence was given twice, values are not finite.
+        """
+        if self._range is None:
+            raise ValueError(
+                "update: no range of boundaries is open; call it inside `with estimator.boundary_range(...)`"
+            )
+        if language not in self._counts:
+            raise ValueError(f"language: got {language!r}; wanted one of {', '.join(self._languages)}")
+        self._range.add(
+            language,
+            positions,
+            representations=representations,
+            square_norms=square_norms,
+            tokens=tokens,
+            bos_share=bos_share,
+        )
+
+    def finish(self, card: Mapping[str, Any] | None = None) -> LanguageSpace:
+        """The language space of all ranges so far; boundaries that no range covered are NaN."""
+        measured = self._subspaces
+        return LanguageSpace(
+            languages=self._languages,
+            pivot=self._pivot,
+            mean=self._mean,
+            counts=self._counts,
+            rms=self._rms,
+            bos_share=self._bos_share,
+            bases=self._bases,
+            variances=self._variances,
+            ridge=self._ridge if measured else None,
+            floors=self._floors if measured else None,
+            split_distances=self._split_distances if measured else None,
+            card=dict(card or {}),
+        )
+
+    def _reduce(self, sums: _RangeSums) -> None:
+        sums.check_complete()
+        tokens = sum(sums.tokens.values())
+        for i, boundary in enumerate(sums.boundaries):
+            self._rms[boundary] = (sums.square_norms[i] / tokens).sqrt()
+            for position, language in enumerate(self._languages):
+                self._mean[boundary, position] = sums.totals[language][i] / sums.weights[language]
+                self._bos_share[boundary, position] = sums.bos_shares[language][i] / self._counts[language]
+            if self._subspaces:
+                self._reduce_subspaces(
+                    boundary, {language: sums.matrices[language][i] for language in self._languages}
+                )
+
+    def _reduce_subspaces(self, boundary: int, matrices: Mapping[str, Tensor]) -> None:
+        """Subspaces, ridge, floors and split distances of one boundary from (n, d) representations."""
+
+        def fit(x: Tensor) -> Subspace:
+            return principal_subspace(x, rank=self._rank, variance=self._variance)
+
+        subspaces = {language: fit(x) for language, x in matrices.items()}
+        ridge = common_ridge(subspaces.values())
+        self._ridge[boundary] = ridge
+        for language, subspace in subspaces.items():
+            self._bases[boundary, language] = subspace.basis.float()
+            self._variances[boundary, language] = subspace.variances.float()
+
+        # Even and odd sentences rather than first and second half: texts drift, and a drift is not noise.
+        halves = {
+            language: (fit(x[0::2]), fit(x[1::2])) for language, x in matrices.items() if x.shape[0] >= 4
+        }
+        for position, language in enumerate(self._languages):
+            if language == self._pivot:
+                self._split_distances[boundary, position] = 0.0
+            if language not in halves:
+                continue
+            even, odd = halves[language]
+            self._floors[boundary, position] = subspace_distance(even, odd, ridge)
+            if language != self._pivot and self._pivot in halves:
+                pivot_even, pivot_odd = halves[self._pivot]
+                crossed = subspace_distance(even, pivot_odd, ridge), subspace_distance(odd, pivot_even, ridge)
+                self._split_distances[boundary, position] = sum(crossed) / 2
+
+
+class _RangeSums:
+    """The sums and the sentence matrices of one range of boundaries."""
+
+    def __init__(
+        self, boundaries: Sequence[int], counts: Mapping[str, int], d: int, matrices: bool, batch_means: bool
+    ) -> None:
+        self.boundaries = list(boundaries)
+        b = len(self.boundaries)
+        self.totals = {language: torch.zeros(b, d, dtype=torch.float64) for language in counts}
+        self.weights = dict.fromkeys(counts, 0)
+        self.square_norms = torch.zeros(b, dtype=torch.float64)
+        self.tokens = dict.fromkeys(counts, 0)
+        self.bos_shares = {language: torch.zeros(b, dtype=torch.float64) for language in counts}
+        self.matrices = {language: torch.empty(b, n, d) for language, n in counts.items()} if matrices else {}
+        self._seen = {language: torch.zeros(n, dtype=torch.bool) for language, n in counts.items()}
+        self._batch_means = batch_means
+
+    def add(
+        self,
+        language: str,
+        positions: Sequence[int],
+        *,
+        representations: Tensor,
+        square_norms: Tensor,
+        tokens: int,
+        bos_share: Tensor,
+    ) -> None:
+        d = self.totals[language].shape[1]
+        b, n = len(self.boundaries), len(positions)
+        wanted = {"representations": (b, n, d), "square_norms": (b,), "bos_share": (b, n)}
+        given = {"representations": representations, "square_norms": square_norms, "bos_share": bos_share}
+        for name, shape in wanted.items():
+            if tuple(given[name].shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(given[name].shape)}; wanted {shape}")
+        seen, index = self._seen[language], torch.as_tensor(positions, dtype=torch.long)
+        if n == 0 or int(index.min()) < 0 or int(index.max()) >= seen.numel():
+            raise ValueError(f"positions: got {list(positions)}; wanted indices in 0 … {seen.numel() - 1}")
+        if seen[index].any() or index.unique().numel() != n:
+            raise ValueError(f"positions: a sentence of {language!r} was given twice among {list(positions)}")
+        x = representations.detach().to(device="cpu", dtype=torch.float32)
+        if not torch.isfinite(x).all():
+            broken = [k for k, h in zip(self.boundaries, x, strict=True) if not torch.isfinite(h).all()]
+            raise ValueError(
+                f"representations: NaN or infinity in {language!r} at boundaries {broken}; the hidden states "
+                "overflow (float16? load the model in bfloat16 or float32) or the weights are broken"
+            )
+        seen[index] = True
+        if self._batch_means:
+            self.totals[language] += x.double().mean(1)
+            self.weights[language] += 1
+        else:
+            self.totals[language] += x.sum(1, dtype=torch.float64)
+            self.weights[language] += n
+        self.square_norms += square_norms.detach().to(device="cpu", dtype=torch.float64)
+        self.tokens[language] += tokens
+        self.bos_shares[language] += bos_share.detach().to(device="cpu", dtype=torch.float64).sum(1)
+        if self.matrices:
+            self.matrices[language][:, index] = x
+
+    def check_complete(self) -> None:
+        for language, seen in self._seen.items():
+            if not seen.all():
+                raise ValueError(
+                    f"boundary_range: {int((~seen).sum())} of {seen.numel()} sentences of {language!r} were never given; "
+                    "every range needs a full pass over the sentences"
+                )
