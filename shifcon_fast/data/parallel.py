@@ -31,8 +31,8 @@ def read_parallel(
         At least two sentences for each language, all lists equally long.
 
     Raises:
-        DataError: malformed rows, a language missing (in some rows or altogether), an empty sentence, fewer than two
-            sentences. The message names the file and the line.
+        DataError: malformed rows, a language missing (in some rows or altogether), an empty sentence, fewer than
+            two sentences. The message names the file and the line.
     """
     if isinstance(source, Mapping):
         name, rows = "the given mapping", _rows_of_mapping(source)

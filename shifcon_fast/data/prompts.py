@@ -1,9 +1,9 @@
 """From conversations to token ids, the same for training and for generation.
 
-Where the tokenizer has a chat template, it is used, unchanged. Where it has none, a conversation is its turns' texts,
-one a line: ``prompt + "\\n"`` with the special tokens the tokenizer puts in front of a text (BOS), then the response
-and the EOS token. Prompt and response are tokenised apart, so that the ids a model sees before it generates are
-exactly the ids it was trained to continue.
+Where the tokenizer has a chat template, it is used, unchanged. Where it has none, a conversation is its turns'
+texts, one a line: ``prompt + "\\n"`` with the special tokens the tokenizer puts in front of a text (BOS), then the
+response and the EOS token. Prompt and response are tokenised apart, so that the ids a model sees before it
+generates are exactly the ids it was trained to continue.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def encode_example(
 ) -> EncodedExample:
     """Token ids of a whole conversation, with the assistant's turns marked as learnt.
 
-    Without a chat template only the last response is learnt. The tokenizer's EOS token ends it, if the tokenizer has one.
+    Without a chat template only the last response is learnt, and the tokenizer's EOS token (if any) ends it.
 
     Raises:
-        DataError: the chat template does not render a prompt as the beginning of the conversation, so that nobody can
-            say where the response starts.
+        DataError: the chat template does not render a prompt as the beginning of the conversation, so that nobody
+            can say where the response starts.
     """
     if use_chat_template and _has_template(tokenizer):
         return _encode_with_template(tokenizer, instruction)
@@ -89,8 +89,9 @@ def _encode_with_template(tokenizer: Any, instruction: Instruction) -> EncodedEx
         if start is None or ids[: len(upto)] != upto:
             if is_last:
                 raise DataError(
-                    f"{instruction.where}: the tokenizer's chat template does not render the prompt as the beginning of "
-                    f"the conversation, so the response cannot be told from it; use_chat_template=False joins them plainly"
+                    f"{instruction.where}: the tokenizer's chat template does not render the prompt as the "
+                    f"beginning of the conversation, so where the response starts is unknown; "
+                    f"use_chat_template=False joins them plainly"
                 )
             continue  # templates that rewrite earlier turns (drop their reasoning): learn the later ones only
         learnt[start : len(upto)] = [True] * (len(upto) - start)

@@ -28,9 +28,9 @@ def read_questions(
     """Read questions from JSON Lines or a Hugging Face dataset (``id[:config[:split]]``).
 
     A row holds the question in several languages, ``{"answer": 18, "en": "...", "sw": "..."}``, and gives one
-    :class:`Question` a language; or it holds one, ``{"lang": "sw", "question": "...", "answer": "Nairobi"}`` (``prompt``
-    is taken for ``question``). ``answer`` is a number or a string. An integer ``row`` field numbers the question;
-    rows without one are numbered from 0 by their place.
+    :class:`Question` a language; or it holds one, ``{"lang": "sw", "question": "...", "answer": "Nairobi"}``
+    (``prompt`` is taken for ``question``). ``answer`` is a number or a string. An integer ``row`` field numbers the
+    question; rows without one are numbered from 0 by their place.
 
     Raises:
         DataError: no answer, no question, empty text, or a language of ``languages`` that the data lacks.
