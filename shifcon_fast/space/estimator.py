@@ -97,7 +97,7 @@ class SpaceEstimator:
     def ranges(self, boundaries: Sequence[int], *, memory_bytes: float) -> list[list[int]]:
         """Split boundaries into ranges whose sentence matrices fit into ``memory_bytes``.
 
-        At least one boundary each. The deepest range comes first, and each needs a pass only as far as its last boundary.
+        At least one boundary each. The deepest range comes first, and each needs a pass only up to its last one.
         """
         ordered = sorted(boundaries, reverse=True)
         per_boundary = sum(self._counts.values()) * self._hidden_size * _FLOAT32_BYTES
@@ -282,6 +282,6 @@ class _RangeSums:
         for language, seen in self._seen.items():
             if not seen.all():
                 raise ValueError(
-                    f"boundary_range: {int((~seen).sum())} of {seen.numel()} sentences of {language!r} were never given; "
-                    "every range needs a full pass over the sentences"
+                    f"boundary_range: {int((~seen).sum())} of {seen.numel()} sentences of {language!r} were never "
+                    "given; every range needs a full pass over the sentences"
                 )

@@ -137,5 +137,14 @@ def subspace_distance(a: Subspace, b: Subspace, ridge: float) -> float:
         covariances.append(
             (inside * variances) @ inside.T + ridge * torch.eye(joint.shape[1], dtype=torch.float64)
         )
-    eigenvalues = scipy.linalg.eigh(covariances[1].numpy(), covariances[0].numpy(), eigvals_only=True)
-    return float(torch.from_numpy(eigenvalues).log().square().sum().sqrt())
+    # The solver's error is relative to the largest λ, which ruins small ones when variances span many orders. Small
+    # ones are the large ones of the swapped problem, inverted, so both are solved.
+    a_to_b, b_to_a = _generalised_eigenvalues(*covariances), _generalised_eigenvalues(*reversed(covariances))
+    above = int((a_to_b > 1).sum())
+    logarithms = torch.cat([a_to_b[len(a_to_b) - above :].log(), b_to_a[above:].log()])
+    return float(logarithms.square().sum().sqrt())
+
+
+def _generalised_eigenvalues(k_a: Tensor, k_b: Tensor) -> Tensor:
+    """λ of K_B v = λ K_A v, ascending."""
+    return torch.from_numpy(scipy.linalg.eigh(k_b.numpy(), k_a.numpy(), eigvals_only=True))
