@@ -1,0 +1,167 @@
+"""Sentence representations at block boundaries, by a forward that stops at the last one asked for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shifcon_fast import ops
+from shifcon_fast.modeling.architectures import Decoder, locate_decoder
+from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
+
+
+def content_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, special_ids: Sequence[int] | Tensor
+) -> Tensor:
+    """Mark the content tokens: attended to, and not BOS, EOS, PAD or another special token.
+
+    Args:
+        input_ids: (B, T) integers.
+        attention_mask: (B, T), non-zero where attended to; None for everywhere.
+        special_ids: ids of the special tokens, as ``tokenizer.all_special_ids`` gives them.
+
+    Returns:
+        (B, T) bool.
+    """
+    special = torch.as_tensor(special_ids, dtype=input_ids.dtype, device=input_ids.device)
+    content = torch.isin(input_ids, special, invert=True)
+    return content if attention_mask is None else content & (attention_mask != 0)
+
+
+def boundary_representations(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pool_mask: Tensor,
+    boundaries: Sequence[int],
+    language_ids: Tensor | None = None,
+) -> Tensor:
+    """Sentence representations r(s, k) at some boundaries: means over the tokens of a mask, in float32.
+
+    Runs the embedding and blocks 0 … max(boundaries)-1: no later block, no final norm, no LM head. What is kept of
+    each boundary is its (B, d) means, never the (B, T, d) hidden states. Differentiable, under gradient checkpointing
+    too. With ``language_ids`` the forward is shifted, and boundaries f and b count as after the shift that is applied
+    at them (Hugging Face's ``hidden_states[k]`` is before it).
+
+    Args:
+        model: any model of a known architecture; attached if language_ids are given.
+        input_ids, attention_mask: (B, T), as for the model. None attends everywhere.
+        pool_mask: (B, T), which tokens to average; see :func:`content_mask`. A row without any gives zeros.
+        boundaries: which, in any order, each in 0 … L-1.
+        language_ids: (B,) integers, see :class:`.ShiftHandle`; None for an unshifted pass.
+
+    Returns:
+        (len(boundaries), B, d) float32, in the order of ``boundaries``.
+
+    Raises:
+        ValueError: no boundary, or one out of range; language_ids for a model that is not attached.
+    """
+    decoder = locate_decoder(model)
+    wanted = _check_boundaries(boundaries, decoder.num_boundaries)
+    attachment: Attachment | None = getattr(decoder.module, ATTACHMENT, None)
+    ids = None
+    if language_ids is not None:
+        if attachment is None:
+            raise ValueError("language_ids: the model is not attached; call attach(model, space, ...) first.")
+        ids = attachment.prepare(language_ids, input_ids)
+
+    pooled: dict[int, Tensor] = {}
+
+    def pool(boundary: int, hidden_states: Tensor) -> None:
+        mean = ops.masked_mean_pool(hidden_states, pool_mask.to(hidden_states.device))
+        table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
+        if ids is not None and table is not None:
+            mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), pool_mask.to(mean.device))
+        pooled[boundary] = mean
+
+    prefix = _prefix(decoder, max(wanted), frozenset(wanted), pool)
+    arguments = {} if ids is None else {"language_ids": ids}
+    output = prefix(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **arguments
+    )
+    pool(max(wanted), output.last_hidden_state)
+    device = pooled[max(wanted)].device
+    return torch.stack([pooled[boundary].to(device) for boundary in wanted])
+
+
+def _check_boundaries(boundaries: Sequence[int], count: int) -> list[int]:
+    wanted = [int(boundary) for boundary in boundaries]
+    if not wanted:
+        raise ValueError("boundaries: got none, wanted at least one.")
+    for boundary in wanted:
+        if not 0 <= boundary < count:
+            raise ValueError(
+                f"boundaries: got {boundary}, wanted 0 … {count - 1} (the model has {count} blocks)."
+            )
+    return wanted
+
+
+def _mean_shift(table: Tensor, ids: Tensor, pool_mask: Tensor) -> Tensor:
+    """What the shift adds to the pooled means: (B, d) float32, zero for rows left alone and rows without tokens."""
+    shifted = (ids >= 0) & (pool_mask != 0).any(dim=-1)
+    return table[ids.clamp(min=0)] * shifted.unsqueeze(-1)
+
+
+class _PooledBlock(nn.Module):
+    """Stands before a block and looks at its input.
+
+    Outside of the block's gradient checkpointing, which wraps the block's forward: the input is seen once, not again
+    when the block is recomputed.
+    """
+
+    def __init__(self, block: nn.Module, look: Callable[[Tensor], None] | None) -> None:
+        super().__init__()
+        self.block = block
+        self.look = look
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _loses_gradients(self.block, hidden_states):
+            hidden_states = hidden_states.detach().requires_grad_()
+        if self.look is not None:
+            self.look(hidden_states)
+        return self.block(hidden_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some decoders read facts off their blocks, such as the kind of attention.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+def _loses_gradients(block: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether reentrant checkpointing would cut the graph: it tracks nothing unless an input requires grad."""
+    if hidden_states.requires_grad or not (torch.is_grad_enabled() and block.training):
+        return False
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+    return bool(getattr(block, "gradient_checkpointing", False) and reentrant)
+
+
+def _prefix(
+    decoder: Decoder, length: int, wanted: frozenset[int], pool: Callable[[int, Tensor], None]
+) -> nn.Module:
+    """A view of the decoder that has only its first blocks and no final norm; it shares every weight with it."""
+    prefix = copy.copy(decoder.module)
+    prefix.__dict__["_modules"] = dict(decoder.module._modules)
+    blocks = [
+        _PooledBlock(block, functools.partial(pool, index) if index in wanted else None)
+        for index, block in enumerate(list(decoder.blocks)[:length])
+    ]
+    prefix._modules[decoder.architecture.blocks] = nn.ModuleList(blocks)
+    prefix._modules[decoder.architecture.final_norm] = nn.Identity()
+    # accelerate's device hooks live in the instance and are bound to the whole decoder; bind them to the view.
+    for key in prefix.__dict__.keys() & {"forward", "_old_forward"}:
+        kept = prefix.__dict__[key]
+        hooked = isinstance(kept, functools.partial)
+        prefix.__dict__[key] = (
+            functools.partial(kept.func, prefix) if hooked else MethodType(kept.__func__, prefix)
+        )
+    return prefix

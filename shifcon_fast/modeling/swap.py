@@ -1,0 +1,150 @@
+"""Swapping the class of a live module for a subclass made on the fly, and putting it back.
+
+Why the class and not ``module.forward``: gradient checkpointing wraps ``forward`` at class level, so a forward set on
+the instance silently switches it off, while a subclass of transformers' ``GradientCheckpointingLayer`` is wrapped
+again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: device maps, FSDP
+policies and transformers' registry of recordable outputs go by them.
+
+One subclass is made per original class and holds no state of any model. State lives in the instances, so a deep copy
+of an attached model is an attached model of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shifcon_fast.modeling.architectures import ARCHITECTURES
+from shifcon_fast.modeling.blocks import SHIFT_TABLE, block_forward
+from shifcon_fast.modeling.language_ids import ATTACHMENT
+
+Modules = type[nn.Module]
+
+
+def swap_class(module: nn.Module, replacement: Modules) -> Modules:
+    """Give a module another class and return the one it had.
+
+    accelerate's ``device_map`` hooks keep the forward that they wrap in the instance, as a bound method of the old
+    class; it is bound again, or the swapped forward would never run.
+
+    Raises:
+        ValueError: something else has replaced ``forward`` on the instance, which would bypass the new class.
+    """
+    original = type(module)
+    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    kept = module.__dict__.get(key)
+    if kept is not None and not (isinstance(kept, MethodType) and kept.__func__ is original.forward):
+        raise ValueError(
+            f"model: the forward of a {original.__name__} was replaced on the instance, which hides its class's "
+            "forward. Attach before whatever replaces it (such as Accelerator.prepare)."
+        )
+    module.__class__ = replacement
+    if kept is not None:
+        bound = MethodType(replacement.forward, module)
+        setattr(module, key, bound)
+        if key == "_old_forward":  # what inspect.signature sees of the hook is what it wraps
+            functools.update_wrapper(module.__dict__["forward"], bound)
+    return original
+
+
+@functools.cache
+def block_class(original: Modules) -> Modules:
+    """The subclass of a decoder block class that shifts and norms through the operators."""
+    row = next(ARCHITECTURES[cls.__name__] for cls in original.__mro__ if cls.__name__ in ARCHITECTURES)
+
+    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        table = self._buffers.get(SHIFT_TABLE)
+        original._apply(self, fn, recurse)
+        moved = self._buffers.get(SHIFT_TABLE)
+        if table is not None and moved is not None and moved.dtype != torch.float32:
+            # .half() and .to(bfloat16) mean the weights; the vectors stay as they were estimated.
+            self._buffers[SHIFT_TABLE] = table.to(moved.device)
+        return self
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # The decoder does not pass the ids on. Fetched here, outside of gradient checkpointing, they are an argument
+        # of the checkpointed forward, and its recomputation gets the same ones.
+        kwargs.setdefault("language_ids", getattr(self, ATTACHMENT).current)
+        return original.__call__(self, *args, **kwargs)
+
+    methods: dict[str, Any] = {"forward": block_forward(original, row), "_apply": _apply}
+    if not row.forwards_kwargs:
+        methods["__call__"] = __call__
+    return _subclass(original, methods)
+
+
+@functools.cache
+def decoder_class(original: Modules) -> Modules:
+    """The subclass of a decoder whose ``forward`` takes ``language_ids``, checks them and hands them to its blocks."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        attachment = getattr(self, ATTACHMENT)
+        if language_ids is None:
+            language_ids = attachment.pending
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        ids = attachment.prepare(language_ids, tokens)
+        if ids is None:
+            return original.forward(self, *args, **kwargs)
+        if attachment.forwards_kwargs:
+            return original.forward(self, *args, language_ids=ids, **kwargs)
+        attachment.current = ids
+        try:
+            return original.forward(self, *args, **kwargs)
+        finally:
+            attachment.current = None
+
+    return _subclass(original, {"forward": _name_language_ids(forward, original)})
+
+
+@functools.cache
+def outer_class(original: Modules) -> Modules:
+    """The subclass of a model with a head whose ``forward`` names ``language_ids``.
+
+    ``generate`` refuses keyword arguments that the signature does not name, and ``Trainer`` drops such columns.
+    """
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        attachment = getattr(self, ATTACHMENT)
+        if language_ids is None:
+            return original.forward(self, *args, **kwargs)
+        if attachment.forwards_kwargs:
+            return original.forward(self, *args, language_ids=language_ids, **kwargs)
+        attachment.pending = language_ids
+        try:
+            return original.forward(self, *args, **kwargs)
+        finally:
+            attachment.pending = None
+
+    return _subclass(original, {"forward": _name_language_ids(forward, original)})
+
+
+def _subclass(original: Modules, methods: dict[str, Any]) -> Modules:
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (original,), {**names, **methods})
+
+
+def _name_language_ids(forward: Callable[..., Any], original: Modules) -> Callable[..., Any]:
+    signature = inspect.signature(original.forward)
+    named = inspect.Parameter(
+        "language_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None
+    )
+    parameters = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:at], named, *parameters[at:]]
+    )
+    return forward
