@@ -226,7 +226,7 @@ def _grouped(whole: str, separator: str) -> bool:
 
 
 def _belongs_to_a_word(text: str, position: int) -> bool:
-    """``x5``, ``CO2``, ``a_1``, the 3 of ``2^3``: digits that are not a quantity. Currency words are let through."""
+    """``x5``, ``CO2``, ``a_1``, the 3 of ``2^3``: digits that are no quantity. Currency words are let through."""
     if position == 0:
         return False
     before = text[position - 1]
