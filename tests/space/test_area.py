@@ -1,0 +1,126 @@
+"""The layer area, on spaces whose distances are set by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from shifcon_fast.space.area import recommend_area
+from shifcon_fast.space.language_space import LanguageSpace
+
+NAN = float("nan")
+
+
+def space_with(*distances: list[float], floor: float = 0.5, split: float = 5.0) -> LanguageSpace:
+    """One list of distances to the pivot per language; NaN leaves a boundary out.
+
+    With one direction, variance v, ε = 1 and a pivot without variance, D = log(1 + v).
+    """
+    languages = ("en", "de", "sw", "tr")[: len(distances) + 1]
+    length, d = len(distances[0]), 4
+    bases, variances = {}, {}
+    mean = torch.zeros(length, len(languages), d)
+    for k in range(length):
+        if math.isnan(distances[0][k]):
+            mean[k] = NAN
+            continue
+        for language, values in zip(languages, ([0.0] * length, *distances), strict=True):
+            bases[k, language] = torch.eye(d)[:, :1]
+            variances[k, language] = torch.tensor([math.expm1(values[k])])
+    shape = (length, len(languages))
+    return LanguageSpace(
+        languages,
+        "en",
+        mean,
+        dict.fromkeys(languages, 10),
+        torch.ones(length),
+        torch.zeros(shape),
+        bases=bases,
+        variances=variances,
+        ridge=torch.ones(length, dtype=torch.float64),
+        floors=torch.full(shape, floor),
+        split_distances=torch.full(shape, split),
+    )
+
+
+def test_distances_are_averaged_over_the_other_languages() -> None:
+    area = recommend_area(space_with([4, 3, 1, 3, 4], [6, 1, 2, 1, 6], floor=0.25, split=0.75))
+    assert area.distances == pytest.approx([5, 2, 1.5, 2, 5], rel=1e-5)
+    assert area.floor == [0.25] * 5
+    assert area.split_distances == [0.75] * 5
+    assert (area.forward, area.backward) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("distances", "options", "expected"),
+    [
+        ([9, 5, 2, 2.1, 2.15, 4, 9], {}, (2, 5)),
+        ([9, 5, 2, 2.1, 2.3, 2.1, 9], {}, (2, 4)),  # contiguous: the dip behind the hill does not count
+        ([9, 5, 2, 2.1, 2.3, 2.1, 9], {"tolerance": 0.2}, (2, 6)),
+        ([9, 5, 2, 2.1, 2.3, 2.1, 9], {"tolerance": 0.0}, (2, 3)),
+        ([0, 5, 4, 3, 2, 1, 0], {}, (5, 6)),  # neither first nor last, even where they are smallest
+        ([3, 3, 3, 3, 3], {}, (1, 4)),
+        ([0, 0, 0, 0], {}, (1, 3)),
+        ([9, 1, 9], {}, (1, 2)),
+        ([9, 1, 5, 1, 9], {}, (1, 2)),
+        ([9, 8, 6, 2, 5, 7, 9], {"min_width": 3}, (2, 5)),
+        ([9, 2, 6, 7, 8, 7, 9], {"min_width": 3}, (1, 4)),
+        ([9, 3, 3, 3, 3, 3, 9], {"max_width": 2}, (1, 3)),
+        ([9, 2.1, 2.05, 2.0, 2.05, 2.1, 9], {"max_width": 1}, (3, 4)),
+        ([9, 2.0, 2.1, 2.05, 2.1, 9, 9], {"max_width": 2}, (1, 3)),
+        ([9, 2.2, 2.1, NAN, 2.0, 2.1, 9], {}, (4, 6)),  # a boundary that was not estimated ends the run
+        ([NAN, NAN, 2.1, 2.0, NAN], {}, (2, 4)),
+    ],
+)
+def test_area(distances: list[float], options: dict[str, float], expected: tuple[int, int]) -> None:
+    area = recommend_area(space_with(distances), **options)  # type: ignore[arg-type]
+    assert (area.forward, area.backward) == expected
+    assert area.distances == pytest.approx(distances, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_the_reason_has_the_figures() -> None:
+    reason = recommend_area(space_with([9, 5, 2, 2.1, 4, 9])).reason
+    assert reason == (
+        "Shift toward the pivot at boundary 2 and back at boundary 4: the distance to the pivot, averaged over de, "
+        "is smallest at boundary 2 (2.00) and 2.00 to 2.10 at boundaries 2 to 3 (tolerance 10%), against 4.00 to "
+        "9.00 elsewhere; between halves of the sentences it is 5.00 there and the noise floor 0.50."
+    )
+
+
+def test_the_reason_says_when_the_distance_is_noise_or_the_floor_unknown() -> None:
+    assert recommend_area(space_with([9, 2, 9], floor=5.5)).reason.endswith(
+        "it is 5.00 there and the noise floor 5.50, so the distance cannot be told from noise: take more sentences "
+        "before trusting the choice."
+    )
+    unknown = recommend_area(space_with([9, 2, 9], floor=NAN, split=NAN))
+    assert unknown.reason.endswith(
+        "there are too few sentences for a noise floor (at least four a language)."
+    )
+    assert (unknown.forward, unknown.backward) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("distances", "options", "message"),
+    [
+        ([1, 2], {}, "has 2 boundaries; an area needs at least 3"),
+        ([1, NAN, 1], {}, r"no finite distance at the inner boundaries 1 … 1; estimated were \[0, 2\]"),
+        ([1, 2, 1], {"tolerance": -0.1}, "tolerance: got -0.1"),
+        ([1, 2, 1], {"tolerance": NAN}, "tolerance: got nan"),
+        ([1, 2, 1], {"min_width": 0}, "got 0, None; wanted 1 <= min_width"),
+        ([1, 2, 2, 1], {"min_width": 2, "max_width": 1}, "got 2, 1; wanted 1 <= min_width <= max_width"),
+        ([1, 2, 2, 1], {"min_width": 3}, "min_width: got 3, but only 2 neighbouring"),
+    ],
+)
+def test_area_refuses(distances: list[float], options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recommend_area(space_with(distances), **options)  # type: ignore[arg-type]
+
+
+def test_area_needs_subspaces() -> None:
+    space = LanguageSpace(
+        ("en", "sw"), "en", torch.zeros(4, 2, 3), {"en": 2, "sw": 2}, torch.ones(4), torch.zeros(4, 2)
+    )
+    with pytest.raises(ValueError, match="no subspaces"):
+        recommend_area(space)
