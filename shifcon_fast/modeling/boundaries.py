@@ -35,7 +35,7 @@ def content_mask(
     return content if attention_mask is None else content & (attention_mask != 0)
 
 
-def boundary_representations(
+def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -46,9 +46,9 @@ def boundary_representations(
     """Sentence representations r(s, k) at some boundaries: means over the tokens of a mask, in float32.
 
     Runs the embedding and blocks 0 … max(boundaries)-1: no later block, no final norm, no LM head. What is kept of
-    each boundary is its (B, d) means, never the (B, T, d) hidden states. Differentiable, under gradient checkpointing
-    too. With ``language_ids`` the forward is shifted, and boundaries f and b count as after the shift that is applied
-    at them (Hugging Face's ``hidden_states[k]`` is before it).
+    each boundary is its (B, d) means, never the (B, T, d) hidden states. Differentiable, under gradient
+    checkpointing too. With ``language_ids`` the forward is shifted, and boundaries f and b count as after the shift
+    that is applied at them (Hugging Face's ``hidden_states[k]`` is before it).
 
     Args:
         model: any model of a known architecture; attached if language_ids are given.
@@ -81,14 +81,49 @@ def boundary_representations(
             mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), pool_mask.to(mean.device))
         pooled[boundary] = mean
 
-    prefix = _prefix(decoder, max(wanted), frozenset(wanted), pool)
     arguments = {} if ids is None else {"language_ids": ids}
+    _run_prefix(decoder, input_ids, attention_mask, wanted, pool, **arguments)
+    device = pooled[max(wanted)].device
+    return torch.stack([pooled[boundary].to(device) for boundary in wanted])
+
+
+def visit_boundaries(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    boundaries: Sequence[int],
+    visit: Callable[[int, Tensor], None],
+) -> None:
+    """Call ``visit(boundary, hidden_states)`` at some boundaries of an unshifted pass that stops at the last of them.
+
+    For reductions other than a mean; :func:`boundary_representations` says what runs. Each boundary's (B, T, d) hidden
+    states are freed when the visit returns, unless it keeps them or gradients are on.
+
+    Args:
+        model, input_ids, attention_mask, boundaries: as for :func:`boundary_representations`.
+        visit: called once per distinct boundary, from the first to the last.
+
+    Raises:
+        ValueError: no boundary, or one out of range.
+    """
+    decoder = locate_decoder(model)
+    wanted = _check_boundaries(boundaries, decoder.num_boundaries)
+    _run_prefix(decoder, input_ids, attention_mask, wanted, visit)
+
+
+def _run_prefix(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    wanted: Sequence[int],
+    visit: Callable[[int, Tensor], None],
+    **arguments: Any,
+) -> None:
+    prefix = _prefix(decoder, max(wanted), frozenset(wanted), visit)
     output = prefix(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **arguments
     )
-    pool(max(wanted), output.last_hidden_state)
-    device = pooled[max(wanted)].device
-    return torch.stack([pooled[boundary].to(device) for boundary in wanted])
+    visit(max(wanted), output.last_hidden_state)
 
 
 def _check_boundaries(boundaries: Sequence[int], count: int) -> list[int]:
@@ -112,8 +147,8 @@ def _mean_shift(table: Tensor, ids: Tensor, pool_mask: Tensor) -> Tensor:
 class _PooledBlock(nn.Module):
     """Stands before a block and looks at its input.
 
-    Outside of the block's gradient checkpointing, which wraps the block's forward: the input is seen once, not again
-    when the block is recomputed.
+    Outside of the block's gradient checkpointing, which wraps the block's forward: the input is seen once, not
+    again when the block is recomputed.
     """
 
     def __init__(self, block: nn.Module, look: Callable[[Tensor], None] | None) -> None:
@@ -146,13 +181,13 @@ def _loses_gradients(block: nn.Module, hidden_states: Tensor) -> bool:
 
 
 def _prefix(
-    decoder: Decoder, length: int, wanted: frozenset[int], pool: Callable[[int, Tensor], None]
+    decoder: Decoder, length: int, wanted: frozenset[int], visit: Callable[[int, Tensor], None]
 ) -> nn.Module:
     """A view of the decoder that has only its first blocks and no final norm; it shares every weight with it."""
     prefix = copy.copy(decoder.module)
     prefix.__dict__["_modules"] = dict(decoder.module._modules)
     blocks = [
-        _PooledBlock(block, functools.partial(pool, index) if index in wanted else None)
+        _PooledBlock(block, functools.partial(visit, index) if index in wanted else None)
         for index, block in enumerate(list(decoder.blocks)[:length])
     ]
     prefix._modules[decoder.architecture.blocks] = nn.ModuleList(blocks)
