@@ -1,15 +1,16 @@
 """The table of decoder architectures: one row per decoder block class, and the search that finds it in a model.
 
 A *block* is one decoder layer; *boundary* k is the residual stream entering block k, Hugging Face's
-``hidden_states[k]``. A row says how the block's own ``forward`` is assembled, so that :mod:`.blocks` can run the same
-computation with every RMSNorm going through ``ops.add_shift_rms_norm``. How to add one: ``docs/architectures.md``.
+``hidden_states[k]``. A row says how the block's own ``forward`` is assembled, so that :mod:`.blocks` can run the
+same computation with every RMSNorm going through ``ops.add_shift_rms_norm``. ``docs/architectures.md`` shows how to
+add one.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -35,17 +36,17 @@ class Architecture:
     Attributes:
         model_type: ``config.model_type`` of the models that use the block.
         block: name of the block class in transformers; the key of the table.
-        layout: ``pre_norm`` (Llama: norm, attention, residual add, norm, MLP, residual add), ``sandwich`` (Gemma-2:
-            a norm before and after both halves), ``post_norm`` (OLMo-2: norms on the outputs of the two halves only)
-            or ``shift_only`` (no RMSNorm: the block's own forward runs on shifted hidden states).
+        layout: ``pre_norm`` (Llama: norm, attention, residual add, norm, MLP, residual add), ``sandwich``
+            (Gemma-2: a norm before and after both halves), ``post_norm`` (OLMo-2: norms on the outputs of the two
+            halves only) or ``shift_only`` (no RMSNorm: the block's own forward runs on shifted hidden states).
         norm: name of the block's RMSNorm class; None for ``shift_only``.
         style: the norm's rounding, as in ``ops.add_shift_rms_norm``.
         residual_multiplier: attribute of the block that scales both branches before the residual add (Granite).
         dropouts: attributes of the block that drop out the attention and the MLP branch before the add (Phi-3).
         blocks: name of the decoder's block list.
         final_norm: name of the decoder's final norm.
-        forwards_kwargs: whether the decoder hands unknown keyword arguments on to its blocks. Where it does not, the
-            swapped block fetches the language ids in ``__call__``, outside of gradient checkpointing.
+        forwards_kwargs: whether the decoder hands unknown keyword arguments on to its blocks. Where it does not,
+            the swapped block fetches the language ids in ``__call__``, outside of gradient checkpointing.
     """
 
     model_type: str
@@ -115,8 +116,13 @@ def architecture_of(block: nn.Module) -> Architecture | None:
         row = ARCHITECTURES.get(cls.__name__)
         if row is None or not cls.__module__.startswith("transformers.models."):
             continue
-        return row if inspect.unwrap(type(block).forward) is inspect.unwrap(cls.forward) else None
+        return row if _computes(type(block)) is _computes(cls) else None
     return None
+
+
+def _computes(cls: Any) -> Any:
+    """A class's forward without the wrappers of gradient checkpointing and of our own subclasses."""
+    return inspect.unwrap(cls.forward)
 
 
 def locate_decoder(model: nn.Module) -> Decoder:
@@ -147,6 +153,6 @@ def locate_decoder(model: nn.Module) -> Decoder:
         )
     known = ", ".join(f"{row.model_type} ({row.block})" for row in _ROWS)
     raise ValueError(
-        f"{what}, in which no known decoder was found. Known architectures, as implemented in transformers: {known}. "
-        "docs/architectures.md shows how to add one."
+        f"{what}, in which no known decoder was found. Known architectures, as implemented in transformers: "
+        f"{known}. docs/architectures.md shows how to add one."
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
-from shifcon_fast.modeling.blocks import NORM_COUNTS, SHIFT_TABLE
+from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
-from shifcon_fast.modeling.norms import NormCounts
+from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.swap import block_class, decoder_class, outer_class, swap_class
 from shifcon_fast.space.language_space import LanguageSpace
 
@@ -36,8 +36,8 @@ def attach(
 
     At boundary ``forward``, h ← h + α (v(pivot) - v(language)); at boundary ``backward``, the same with the sign
     turned round (ShifCon, arXiv 2410.19453, section 3.2). The model's forward and ``generate`` then take
-    ``language_ids``, a (B,) integer tensor from :meth:`ShiftHandle.language_ids`; rows of the pivot and rows with -1
-    are left alone bit for bit, and without the argument nothing is shifted.
+    ``language_ids``, a (B,) integer tensor from :meth:`ShiftHandle.language_ids`; rows of the pivot and rows with
+    -1 are left alone bit for bit, and without the argument nothing is shifted.
 
     Only this instance changes, and :meth:`ShiftHandle.detach` puts everything back. Weights, ``state_dict`` and
     ``save_pretrained`` are untouched. Attach before or after PEFT wraps the model.
@@ -55,8 +55,8 @@ def attach(
         The handle, also found as ``shifcon`` on the Hugging Face model.
 
     Raises:
-        ValueError: unknown architecture; boundaries out of order or range; a space of another hidden size, number of
-            boundaries or model; a model that is attached already. The model is then as it was.
+        ValueError: unknown architecture; boundaries out of order or range; a space of another hidden size, number
+            of boundaries or model; a model that is attached already. The model is then as it was.
     """
     decoder = locate_decoder(model)
     if ATTACHMENT in decoder.module.__dict__:
@@ -70,10 +70,18 @@ def attach(
         if differences:
             origin = expected.get("name_or_path") or "another model"
             raise ValueError(
-                f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). Estimate a space "
-                "on this model, or pass check_fingerprint=False if you know better."
+                f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
+                "Estimate a space on this model, or pass check_fingerprint=False if you know better."
             )
-    return ShiftHandle(model, space, decoder, forward, backward, float(alpha), recipe)
+    return ShiftHandle(
+        model=model,
+        space=space,
+        decoder=decoder,
+        forward=forward,
+        backward=backward,
+        alpha=float(alpha),
+        recipe=recipe,
+    )
 
 
 class ShiftHandle:
@@ -87,6 +95,7 @@ class ShiftHandle:
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         space: LanguageSpace,
         decoder: Decoder,
@@ -141,7 +150,7 @@ class ShiftHandle:
         Not between a forward and its backward: under gradient checkpointing, recomputation would use the new ones.
 
         Raises:
-            ValueError: other languages (or another order of them), another pivot, hidden size or number of boundaries.
+            ValueError: other languages (or another order of them), pivot, hidden size or number of boundaries.
         """
         _check_space(space, self._decoder)
         if space.languages != self.space.languages or space.pivot != self.space.pivot:
@@ -170,7 +179,7 @@ class ShiftHandle:
 
     @property
     def engagements(self) -> dict[int, dict[str, int]]:
-        """block → norm site → how often it ran through ``ops.add_shift_rms_norm`` (not counted in compiled code)."""
+        """block → norm site → runs through ``ops.add_shift_rms_norm``. Compiled code is not counted."""
         sites = self._decoder.architecture.norm_sites
         return {
             index: {site: counts.engaged[site] for site in sites}
@@ -224,16 +233,16 @@ class ShiftHandle:
                 block.register_buffer(SHIFT_TABLE, tables[index].to(_device_of(block)), persistent=False)
             block.__dict__[NORM_COUNTS] = NormCounts()
             block.__dict__[ATTACHMENT] = self._attachment
-            self._swap(block, block_class(type(block)))
+            self._swap(block, block_class)
         self._decoder.module.__dict__[ATTACHMENT] = self._attachment
-        self._swap(self._decoder.module, decoder_class(type(self._decoder.module)))
+        self._swap(self._decoder.module, decoder_class)
         if self._outer is not self._decoder.module:
             self._outer.__dict__[ATTACHMENT] = self._attachment
-            self._swap(self._outer, outer_class(type(self._outer)))
+            self._swap(self._outer, outer_class)
         self._outer.__dict__["shifcon"] = self
 
-    def _swap(self, module: nn.Module, replacement: type[nn.Module]) -> None:
-        self._swapped.append((module, swap_class(module, replacement)))
+    def _swap(self, module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
+        self._swapped.append((module, swap_class(module, subclass(type(module)))))
 
     def _tables(self, space: LanguageSpace) -> dict[int, Tensor]:
         """block → what is added at its input."""
@@ -255,20 +264,21 @@ def _check_area(forward: int, backward: int, boundaries: int, recipe: str) -> No
             raise TypeError(f"{name}: got {value!r}, wanted the number of a boundary (an int).")
         if not lowest <= value < boundaries:
             raise ValueError(
-                f"{name}: got boundary {value}, wanted {lowest} … {boundaries - 1} (the model has {boundaries} blocks)."
+                f"{name}: got boundary {value}, wanted {lowest} … {boundaries - 1} "
+                f"(the model has {boundaries} blocks)."
             )
     if forward >= backward:
         raise ValueError(
-            f"forward, backward: got {forward} and {backward}, wanted forward < backward; the shift toward the pivot "
-            "comes before the shift back."
+            f"forward, backward: got {forward} and {backward}, wanted forward < backward; the shift toward the "
+            "pivot comes before the shift back."
         )
 
 
 def _check_space(space: LanguageSpace, decoder: Decoder) -> None:
     if space.hidden_size != decoder.hidden_size:
         raise ValueError(
-            f"space: got vectors of size {space.hidden_size}, wanted the model's hidden size {decoder.hidden_size}; "
-            "it was estimated on another model."
+            f"space: got vectors of size {space.hidden_size}, wanted the model's hidden size "
+            f"{decoder.hidden_size}; it was estimated on another model."
         )
     if space.num_boundaries != decoder.num_boundaries:
         raise ValueError(

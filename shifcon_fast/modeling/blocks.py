@@ -1,6 +1,6 @@
 """Block forwards, one per layout: the block's own computation with each RMSNorm in ``ops.add_shift_rms_norm``.
 
-With r the residual stream, N a norm, A attention, M the MLP, and the shift s (zero but at the area's two boundaries):
+With r the residual stream, N a norm, A attention, M the MLP, and s the shift (there only at the area's boundaries):
 
     pre_norm     r ← r + s;  r ← r + A(N1 r);         r ← r + M(N2 r)
     sandwich     r ← r + s;  r ← r + N2 A(N1 r);      r ← r + N4 M(N3 r)
@@ -22,53 +22,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
-from shifcon_fast.modeling.norms import NormCounts, add_norm, add_shift
+from shifcon_fast.modeling.norms import Shift, add_norm, add_shift
 
 SHIFT_TABLE = "_shifcon_shift"
 """Name of the non-persistent buffer, (K, d) float32, on a block whose boundary is shifted."""
 
-NORM_COUNTS = "_shifcon_counts"
-"""Name of the attribute that holds a block's :class:`NormCounts`."""
-
 BlockForward = Callable[..., Any]
 
 
-def block_forward(original: type[nn.Module], architecture: Architecture) -> BlockForward:
+def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     """The ``forward`` that replaces ``original.forward``; it takes ``language_ids`` (B,) in addition."""
-    run = _LAYOUTS[architecture.layout]
     names = list(inspect.signature(original.forward).parameters)[2:]
 
     @functools.wraps(original.forward)
     def forward(
         self: nn.Module, hidden_states: Tensor, *args: Any, language_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        shift = self._buffers.get(SHIFT_TABLE) if language_ids is not None else None
-        index = None
-        if shift is not None and language_ids is not None:
-            shift = shift.to(hidden_states.device)
-            index = language_ids.to(hidden_states.device)
+        table = self._buffers.get(SHIFT_TABLE)
+        shift = None
+        if table is not None and language_ids is not None:
+            device = hidden_states.device
+            shift = Shift(table.to(device), language_ids.to(device))
         if architecture.layout == "shift_only":
-            if shift is not None and index is not None:
-                hidden_states = add_shift(hidden_states, shift, index)
+            hidden_states = hidden_states if shift is None else add_shift(hidden_states, shift)
             return original.forward(self, hidden_states, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
-        return run(self, architecture, hidden_states, shift, index, kwargs)
+        return _LAYOUTS[architecture.layout](self, architecture, hidden_states, shift, kwargs)
 
     return forward
 
 
 def _pre_norm(
-    block: Any,
-    row: Architecture,
-    x: Tensor,
-    shift: Tensor | None,
-    index: Tensor | None,
-    attention: dict[str, Any],
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
 ) -> Tensor:
-    counts: NormCounts = getattr(block, NORM_COUNTS)
-    y, h = add_norm(block, "input_layernorm", row, counts, x, shift=shift, index=index)
+    y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
     branch, _ = block.self_attn(hidden_states=y, **attention)
-    y, h = add_norm(block, "post_attention_layernorm", row, counts, _scale(block, row, branch, 0), residual=h)
+    y, h = add_norm(block, "post_attention_layernorm", row, _scale(block, row, branch, 0), residual=h)
     return h + _scale(block, row, block.mlp(y), 1)
 
 
@@ -82,36 +71,24 @@ def _scale(block: Any, row: Architecture, branch: Tensor, half: int) -> Tensor:
 
 
 def _sandwich(
-    block: Any,
-    row: Architecture,
-    x: Tensor,
-    shift: Tensor | None,
-    index: Tensor | None,
-    attention: dict[str, Any],
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
 ) -> Tensor:
-    counts: NormCounts = getattr(block, NORM_COUNTS)
-    y, h = add_norm(block, "input_layernorm", row, counts, x, shift=shift, index=index)
+    y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
     branch, _ = block.self_attn(hidden_states=y, **attention)
-    branch, _ = add_norm(block, "post_attention_layernorm", row, counts, branch)
-    y, h = add_norm(block, "pre_feedforward_layernorm", row, counts, branch, residual=h)
-    branch, _ = add_norm(block, "post_feedforward_layernorm", row, counts, block.mlp(y))
+    branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
+    y, h = add_norm(block, "pre_feedforward_layernorm", row, branch, residual=h)
+    branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(y))
     return h + branch
 
 
 def _post_norm(
-    block: Any,
-    row: Architecture,
-    x: Tensor,
-    shift: Tensor | None,
-    index: Tensor | None,
-    attention: dict[str, Any],
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
 ) -> Tensor:
-    counts: NormCounts = getattr(block, NORM_COUNTS)
-    h = x if shift is None or index is None else add_shift(x, shift, index)
+    h = x if shift is None else add_shift(x, shift)
     branch, _ = block.self_attn(hidden_states=h, **attention)
-    branch, _ = add_norm(block, "post_attention_layernorm", row, counts, branch)
+    branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
     h = h + branch
-    branch, _ = add_norm(block, "post_feedforward_layernorm", row, counts, block.mlp(h))
+    branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(h))
     return h + branch
 
 

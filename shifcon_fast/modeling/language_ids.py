@@ -42,8 +42,8 @@ class Attachment:
             (B,) int64 on the device of the input; None when nothing is to be shifted.
 
         Raises:
-            TypeError: not a tensor of integers. ValueError: another shape, or an id out of range (checked on the CPU;
-            on an accelerator it would cost a synchronisation).
+            TypeError: not a tensor of integers. ValueError: another shape, or an id out of range (checked on the
+            CPU; on an accelerator it would cost a synchronisation).
         """
         if language_ids is None or self.suspended:
             return None

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Architecture
+
+NORM_COUNTS = "_shifcon_counts"
+"""Name of the attribute that holds a block's :class:`NormCounts`."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What is added at the entry of a block: ``table[index]``, (K, d) float32 and (B,) int64; -1 adds nothing."""
+
+    table: Tensor
+    index: Tensor
 
 
 @dataclass
@@ -27,51 +39,52 @@ def add_norm(
     block: nn.Module,
     site: str,
     architecture: Architecture,
-    counts: NormCounts,
     x: Tensor,
     *,
     residual: Tensor | None = None,
-    shift: Tensor | None = None,
-    index: Tensor | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = RMSNorm(h) · weight and h = x + residual + shift[index] for the norm module ``block.<site>``.
+    """y = RMSNorm(h) · weight and h = x + residual + shift for the norm module ``block.<site>``.
 
     Args:
-        x, residual: (B, T, d). shift: (K, d) float32 with index (B,) int64, -1 adds nothing; both or neither.
+        x, residual: (B, T, d).
+        shift: added to each row of the batch by its language.
 
     Returns:
-        y and h, (B, T, d) in the dtype of x (of x + residual where the two differ). A norm that is not the plain module of the table is called as it is, so
-        that what it computes stays right, and its site is noted in ``counts.bypassed``.
+        y and h, (B, T, d), in the dtype of x + residual. A norm that is not the plain module of the table is called
+        as it is, so that what it computes stays right, and ``NormCounts.bypassed`` of the block says why.
     """
-    module = active_module(getattr(block, site))
-    reason = why_not_plain(module, architecture, x)
+    module: Any = active_module(getattr(block, site))
+    counts: NormCounts = block.__dict__[NORM_COUNTS]
     if residual is not None and residual.dtype != x.dtype:  # autocast: float32 stream, bfloat16 branch
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
+    reason = why_not_plain(module, architecture, x)
     if reason is None:
         if not torch.compiler.is_compiling():
             counts.engaged[site] += 1
+        table, index = (None, None) if shift is None else (shift.table, shift.index)
         eps = module.eps if architecture.style == "gemma" else module.variance_epsilon
         return ops.add_shift_rms_norm(
-            x, module.weight, residual=residual, shift=shift, index=index, eps=eps, style=architecture.style
+            x, module.weight, residual, table, index, eps=eps, style=architecture.style
         )
     if not torch.compiler.is_compiling():
         counts.bypassed[site] = reason
     h = x if residual is None else x + residual
-    if shift is not None and index is not None:
-        h = add_shift(h, shift, index)
+    if shift is not None:
+        h = add_shift(h, shift)
     return module(h), h
 
 
-def add_shift(x: Tensor, shift: Tensor, index: Tensor) -> Tensor:
-    """x + shift[index] for blocks without a norm at their entry: summed in float32, rounded once to x.dtype.
+def add_shift(x: Tensor, shift: Shift) -> Tensor:
+    """x + shift for blocks without a norm at their entry: summed in float32, rounded once to x.dtype.
 
     Args:
-        x: (B, T, d). shift: (K, d) float32. index: (B,) int64; rows with -1 come back bit for bit.
+        x: (B, T, d). Rows of the batch whose index is -1 come back bit for bit.
     """
-    vectors = shift[index.clamp(min=0)].unsqueeze(1)
+    vectors = shift.table[shift.index.clamp(min=0)].unsqueeze(1)
     shifted = (x.float() + vectors).to(x.dtype)
-    return torch.where((index >= 0)[:, None, None], shifted, x)
+    return torch.where((shift.index >= 0)[:, None, None], shifted, x)
 
 
 def active_module(module: nn.Module) -> nn.Module:

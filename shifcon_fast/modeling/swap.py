@@ -1,12 +1,12 @@
 """Swapping the class of a live module for a subclass made on the fly, and putting it back.
 
-Why the class and not ``module.forward``: gradient checkpointing wraps ``forward`` at class level, so a forward set on
-the instance silently switches it off, while a subclass of transformers' ``GradientCheckpointingLayer`` is wrapped
-again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: device maps, FSDP
-policies and transformers' registry of recordable outputs go by them.
+Why the class and not ``module.forward``: gradient checkpointing wraps ``forward`` at class level, so a forward set
+on the instance silently switches it off, while a subclass of transformers' ``GradientCheckpointingLayer`` is
+wrapped again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: device maps,
+FSDP policies and transformers' registry of recordable outputs go by them.
 
-One subclass is made per original class and holds no state of any model. State lives in the instances, so a deep copy
-of an attached model is an attached model of its own.
+One subclass is made per original class and holds no state of any model. State lives in the instances, so a deep
+copy of an attached model is an attached model of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def swap_class(module: nn.Module, replacement: Modules) -> Modules:
 
 
 @functools.cache
-def block_class(original: Modules) -> Modules:
+def block_class(original: Any) -> Modules:
     """The subclass of a decoder block class that shifts and norms through the operators."""
     row = next(ARCHITECTURES[cls.__name__] for cls in original.__mro__ if cls.__name__ in ARCHITECTURES)
 
@@ -68,8 +68,8 @@ def block_class(original: Modules) -> Modules:
         return self
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # The decoder does not pass the ids on. Fetched here, outside of gradient checkpointing, they are an argument
-        # of the checkpointed forward, and its recomputation gets the same ones.
+        # The decoder does not pass the ids on. Fetched here, outside of gradient checkpointing, they are an
+        # argument of the checkpointed forward, and its recomputation gets the same ones.
         kwargs.setdefault("language_ids", getattr(self, ATTACHMENT).current)
         return original.__call__(self, *args, **kwargs)
 
@@ -80,8 +80,8 @@ def block_class(original: Modules) -> Modules:
 
 
 @functools.cache
-def decoder_class(original: Modules) -> Modules:
-    """The subclass of a decoder whose ``forward`` takes ``language_ids``, checks them and hands them to its blocks."""
+def decoder_class(original: Any) -> Modules:
+    """The subclass of a decoder whose ``forward`` checks ``language_ids`` and hands them to its blocks."""
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ def decoder_class(original: Modules) -> Modules:
 
 
 @functools.cache
-def outer_class(original: Modules) -> Modules:
+def outer_class(original: Any) -> Modules:
     """The subclass of a model with a head whose ``forward`` names ``language_ids``.
 
     ``generate`` refuses keyword arguments that the signature does not name, and ``Trainer`` drops such columns.
