@@ -94,10 +94,10 @@ def visit_boundaries(
     boundaries: Sequence[int],
     visit: Callable[[int, Tensor], None],
 ) -> None:
-    """Call ``visit(boundary, hidden_states)`` at some boundaries of an unshifted pass that stops at the last of them.
+    """Call ``visit(boundary, hidden_states)`` at some boundaries of an unshifted pass that stops at the last one.
 
-    For reductions other than a mean; :func:`boundary_representations` says what runs. Each boundary's (B, T, d) hidden
-    states are freed when the visit returns, unless it keeps them or gradients are on.
+    For reductions other than a mean; :func:`boundary_representations` says what runs. Each boundary's (B, T, d)
+    hidden states are freed when the visit returns, unless it keeps them or gradients are on.
 
     Args:
         model, input_ids, attention_mask, boundaries: as for :func:`boundary_representations`.
