@@ -2,8 +2,8 @@
 
 Why the class and not ``module.forward``: gradient checkpointing wraps ``forward`` at class level, so a forward set
 on the instance silently switches it off, while a subclass of transformers' ``GradientCheckpointingLayer`` is
-wrapped again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: device maps,
-FSDP policies and transformers' registry of recordable outputs go by them.
+wrapped again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: device
+maps, FSDP policies and transformers' registry of recordable outputs go by them.
 
 One subclass is made per original class and holds no state of any model. State lives in the instances, so a deep
 copy of an attached model is an attached model of its own.
