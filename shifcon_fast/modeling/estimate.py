@@ -1,0 +1,313 @@
+"""``estimate_space``: run a model over parallel sentences and estimate its language space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import shifcon_fast
+from shifcon_fast import ops
+from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.modeling.boundaries import content_mask, visit_boundaries
+from shifcon_fast.modeling.fingerprint import model_fingerprint
+from shifcon_fast.space.estimator import SpaceEstimator
+from shifcon_fast.space.language_space import LanguageSpace
+
+logger = logging.getLogger(__name__)
+
+
+def estimate_space(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    parallel: str | Path | Mapping[str, Sequence[str]],
+    pivot: str = "en",
+    batch_size: int = 16,
+    *,
+    languages: Sequence[str] | None = None,
+    boundaries: Sequence[int] | None = None,
+    subspaces: bool = True,
+    rank: int | None = None,
+    variance: float = 0.9,
+    max_length: int | None = None,
+    recipe: Literal["stable", "official"] = "stable",
+    memory_gib: float = 2.0,
+    allow_missing: bool = False,
+    progress: bool = True,
+) -> LanguageSpace:
+    """Estimate language vectors, subspaces, distances and noise floors at a model's boundaries.
+
+    The model runs without gradients, in evaluation mode (each module's mode is put back), unshifted even when it is
+    attached, and no further than the last boundary asked for. Sentences are sorted by length within their language
+    and padded on the right, whatever the tokenizer's ``padding_side``; the tokenizer is not changed, and it needs
+    no padding token. The result depends neither on the order of the batches nor, up to the model's own round-off,
+    on their size (``recipe="official"`` excepted).
+
+    Sentence matrices are kept on the CPU for as many boundaries as fit into ``memory_gib``, with one pass over the
+    sentences for each such range; on the model's device lies nothing but the current batch. The result holds
+    4·d·k bytes of basis per boundary and language, where k is the rank that ``variance`` needs, up to n − 1;
+    ``rank`` caps it.
+
+    Args:
+        model: a Hugging Face decoder of a known architecture; quantised, wrapped by PEFT or attached as it may be.
+        tokenizer: the model's. It adds its special tokens (BOS) as it does for the model's own inputs.
+        parallel: {language: [sentence, ...]} aligned by position, a JSON Lines path, or a Hugging Face dataset id;
+            see :func:`~shifcon_fast.data.parallel.read_parallel`.
+        pivot: code of the language to shift toward.
+        batch_size: sentences per forward pass.
+        languages: which languages to read, in this order; None for all. The pivot must be one of them.
+        boundaries: which boundaries to estimate; None for all L. At others the space holds NaN.
+        subspaces: False estimates language vectors only, in one pass and without sentence matrices.
+        rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
+        max_length: truncate sentences to so many tokens; None refuses a sentence longer than the model's context.
+        recipe: ``"stable"``: a sentence is the mean of its content tokens, a language the mean of its sentences.
+            ``"official"``, as in the authors' code: a sentence is the mean of all its tokens, BOS included, made
+            unit length; a language is the mean of the batches' means, batches being taken in the order of the data.
+        memory_gib: memory for sentence matrices, in GiB of CPU memory.
+        allow_missing: drop rows in which a language is missing instead of refusing them.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: unknown architecture or recipe; a boundary out of range; a pivot that is not in the data; fewer
+            than two languages, or than two sentences in one; a sentence that is too long or has no content token;
+            non-finite hidden states. :class:`~shifcon_fast.data.errors.DataError` for malformed data.
+    """
+    if recipe not in ("stable", "official"):
+        raise ValueError(f"recipe: got {recipe!r}; wanted 'stable' or 'official'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; wanted at least 1")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib: got {memory_gib}; wanted a positive number of GiB")
+    decoder = locate_decoder(model)
+    wanted = _check_boundaries(boundaries, decoder.num_boundaries)
+    sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
+    official = recipe == "official"
+    estimator = SpaceEstimator(
+        {language: len(texts) for language, texts in sentences.items()},
+        pivot,
+        num_boundaries=decoder.num_boundaries,
+        hidden_size=decoder.hidden_size,
+        subspaces=subspaces,
+        rank=rank,
+        variance=variance,
+        batch_means=official,
+    )
+    tokens = _tokenize(tokenizer, sentences, _context(decoder.module, max_length), max_length, official)
+    batches = list(_batches(tokens, batch_size, sort=not official))
+    ranges = estimator.ranges(wanted, memory_bytes=memory_gib * 2**30)
+
+    rows = sum(len(texts) for texts in sentences.values())
+    with (
+        tqdm(total=rows * len(ranges), desc="language space", unit="sentence", disable=not progress) as bar,
+        _evaluation_mode(model),
+        torch.no_grad(),
+    ):
+        for selected in ranges:
+            with estimator.boundary_range(selected):
+                for batch in batches:
+                    _add_batch(model, tokenizer, estimator, batch, boundaries=selected, official=official)
+                    bar.update(len(batch.positions))
+                bar.set_postfix_str(f"boundaries {selected[0]}–{selected[-1]}")
+
+    card = {
+        "model": {"class": type(model).__name__, "fingerprint": model_fingerprint(model)},
+        "tokenizer": _tokenizer_card(tokenizer),
+        "versions": {
+            "shifcon_fast": shifcon_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "recipe": recipe,
+        "rank": rank,
+        "variance": None if rank is not None else variance,
+        "max_length": max_length,
+        "batch_size": batch_size,
+    }
+    space = estimator.finish(card)
+    size = sum(basis.nbytes for basis in space.bases.values())
+    if size > memory_gib * 2**30:
+        logger.warning(
+            "The subspace bases take %.1f GiB in memory and on disk; pass rank= to cap them (median rank: %d).",
+            size / 2**30,
+            sorted(basis.shape[1] for basis in space.bases.values())[len(space.bases) // 2],
+        )
+    return space
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tokenised sentences of one language, with their positions in its list."""
+
+    language: str
+    positions: list[int]
+    token_ids: list[list[int]]
+
+
+def _check_boundaries(boundaries: Sequence[int] | None, count: int) -> list[int]:
+    wanted = sorted(set(range(count) if boundaries is None else boundaries))
+    if not wanted or wanted[0] < 0 or wanted[-1] >= count:
+        raise ValueError(f"boundaries: got {boundaries}; wanted some of 0 … {count - 1}")
+    return wanted
+
+
+def _context(decoder: nn.Module, max_length: int | None) -> int | None:
+    """Longest input in tokens; None where the configuration names none (ALiBi)."""
+    context: int | None = getattr(decoder.config, "max_position_embeddings", None)
+    if max_length is not None and (max_length < 1 or (context and max_length > context)):
+        raise ValueError(
+            f"max_length: got {max_length}; wanted 1 … {context or 'any length'}, the model's context"
+        )
+    return context
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Mapping[str, Sequence[str]],
+    context: int | None,
+    max_length: int | None,
+    official: bool,
+) -> dict[str, list[list[int]]]:
+    """Token ids per language, special tokens included."""
+    special = set(tokenizer.all_special_ids)
+    result = {}
+    for language, texts in sentences.items():
+        encoded = tokenizer(
+            list(texts), truncation=max_length is not None, max_length=max_length, verbose=False
+        )["input_ids"]
+        for position, ids in enumerate(encoded):
+            where = f"parallel: sentence {position + 1} (from 1) of {language!r}"
+            if context is not None and len(ids) > context:
+                raise ValueError(
+                    f"{where} has {len(ids)} tokens, more than the model's context of {context}; shorten it, or "
+                    f"pass max_length (at most {context}) to truncate"
+                )
+            if not ids or (not official and special.issuperset(ids)):
+                raise ValueError(
+                    f"{where}, {texts[position]!r}, has no content token, only special tokens (unknown ones "
+                    "count as special); is this the model's tokenizer?"
+                )
+        result[language] = encoded
+    return result
+
+
+def _batches(tokens: Mapping[str, list[list[int]]], size: int, *, sort: bool) -> Iterator[_Batch]:
+    """Batches of one language each; longest first, so that running out of memory shows at once."""
+    for language, sentences in tokens.items():
+        order = list(range(len(sentences)))
+        if sort:
+            order.sort(key=lambda position: -len(sentences[position]))
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            yield _Batch(language, chosen, [sentences[position] for position in chosen])
+
+
+def _add_batch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    estimator: SpaceEstimator,
+    batch: _Batch,
+    *,
+    boundaries: Sequence[int],
+    official: bool,
+) -> None:
+    input_ids, attention_mask = _pad(batch.token_ids, tokenizer, _input_device(model))
+    content = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
+    pool = attention_mask if official else content
+    bos = torch.zeros_like(content)
+    if tokenizer.bos_token_id is not None:
+        bos[:, 0] = input_ids[:, 0] == tokenizer.bos_token_id
+
+    means: list[Tensor] = []
+    squares: list[Tensor] = []
+    shares: list[Tensor] = []
+
+    def visit(_: int, hidden_states: Tensor) -> None:
+        device = hidden_states.device
+        here, whole, first = content.to(device), attention_mask.to(device), bos.to(device)
+        means.append(ops.masked_mean_pool(hidden_states, pool.to(device), normalize=official).float())
+        norms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32)
+        squares.append((norms.square() * here).sum())
+        shares.append(_bos_share(hidden_states, whole, first))
+
+    visit_boundaries(model, input_ids, attention_mask, boundaries, visit)
+    estimator.update(
+        batch.language,
+        batch.positions,
+        _gather(means),
+        square_norms=_gather(squares),
+        tokens=int(content.sum()),
+        bos_share=_gather(shares),
+    )
+
+
+def _gather(values: Sequence[Tensor]) -> Tensor:
+    """Stack on the CPU: the boundaries of a model spread by ``device_map`` lie on several devices."""
+    return torch.stack([value.cpu() for value in values])
+
+
+def _bos_share(hidden_states: Tensor, attention_mask: Tensor, bos: Tensor) -> Tensor:
+    """(B,) ‖h_bos‖ / (‖h_bos‖ + ‖Σ of the other attended tokens‖), BOS's part of a mean; 0 without BOS."""
+    others = attention_mask.bool() & ~bos
+    # masked_mean_pool never reads what lies under the mask; the mean times the count is the sum.
+    rest = ops.masked_mean_pool(hidden_states, others).norm(dim=-1) * others.sum(1)
+    first = torch.linalg.vector_norm(hidden_states[:, 0], dim=-1, dtype=torch.float32) * bos[:, 0]
+    return first / (first + rest).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _pad(
+    sentences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(B, T) token ids and attention mask, padded on the right: positions then count from 0 in every model."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(token for token in candidates if token is not None)
+    longest = max(map(len, sentences))
+    input_ids = torch.tensor([[*ids, *[filler] * (longest - len(ids))] for ids in sentences])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])
+    return input_ids.to(device), mask.to(device)
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    parameter: Tensor = next(locate_decoder(model).module.get_input_embeddings().parameters())  # type: ignore[operator]
+    return parameter.device
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and back to the mode that each had.
+
+    Except for bitsandbytes' 4-bit layers, which know no dropout: on CPUs with AVX512-BF16, their first forward in
+    evaluation mode repacks the weights in place, and later training loses its gradients without a word.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _tokenizer_card(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return {
+        "class": type(tokenizer).__name__,
+        "name_or_path": str(tokenizer.name_or_path or ""),
+        "vocabulary_size": len(tokenizer),
+        "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "bos_token": tokenizer.bos_token,
+    }
