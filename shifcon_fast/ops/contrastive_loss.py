@@ -1,13 +1,14 @@
 """``info_nce``: the symmetric contrastive loss over in-batch negatives, without an N × N matrix."""
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define, define_autograd
+from shifcon_fast.ops.library import compute_dtype, define
 from shifcon_fast.ops.registry import run_backward, run_forward
 from shifcon_fast.ops.validation import check_impl, check_pair, check_scale
 
@@ -20,17 +21,17 @@ def info_nce(
     recenter: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """loss = ½ [CE(S, diag) + CE(Sᵀ, diag)], S = scale · a bᵀ (InfoNCE: van den Oord et al. 2018, arXiv 1807.03748).
+    """loss = ½ [CE(S, diag) + CE(Sᵀ, diag)], S = scale · a bᵀ (InfoNCE, arXiv 1807.03748, symmetric as in CLIP).
 
-    Row i of a and row i of b are the positives, everything else in the batch the negatives. Exact: S is formed tile by
-    tile, in float32, and never held when N is large.
+    Row i of a and row i of b are the positives, everything else in the batch the negatives. Exact: S is formed
+    tile by tile, in float32, and never held when N is large.
 
     Args:
         a, b: (N, d), or (L, N, d) for L independent problems in one call; float32, bfloat16 or float16, N >= 1.
         scale: 1 / temperature, finite, >= 0.
         normalize: make the rows unit length first; a zero row stays zero, with zero gradient.
-        recenter: b ← b - mean(b) + mean(a) after normalising, means over N, not normalised again (the ``pooled`` mode
-            of the ShifCon authors' code); gradients flow through the means.
+        recenter: b ← b - mean(b) + mean(a) after normalising, means over N, not normalised again (the ``pooled``
+            mode of the ShifCon authors' code); gradients flow through the means.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -118,20 +119,6 @@ def _backward_fake(
     return [x.new_empty(x.shape) for x, needed in ((a, need_a), (b, need_b)) if needed]
 
 
-_forward = define(
-    "info_nce(Tensor a, Tensor b, float scale, bool normalize, bool recenter, str impl) "
-    "-> (Tensor loss, Tensor row_lse, Tensor column_lse)",
-    _kernel,
-    _fake,
-)
-_backward = define(
-    "info_nce_backward(Tensor grad, Tensor a, Tensor b, Tensor row_lse, Tensor column_lse, float scale, "
-    "bool normalize, bool recenter, bool need_a, bool need_b, str impl) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     a, b, *ctx.options, ctx.impl = inputs
     ctx.save_for_backward(a, b, *output[1:])
@@ -148,4 +135,17 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     return grad_a, grad_b, *(None,) * 4
 
 
-define_autograd("info_nce", _autograd, _setup_context)
+_forward = define(
+    "info_nce(Tensor a, Tensor b, float scale, bool normalize, bool recenter, str impl) "
+    "-> (Tensor loss, Tensor row_lse, Tensor column_lse)",
+    _kernel,
+    _fake,
+    _autograd,
+    _setup_context,
+)
+_backward = define(
+    "info_nce_backward(Tensor grad, Tensor a, Tensor b, Tensor row_lse, Tensor column_lse, float scale, "
+    "bool normalize, bool recenter, bool need_a, bool need_b, str impl) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

@@ -1,13 +1,14 @@
 """``add_shift_rms_norm``: residual add, language shift and RMSNorm in one operator."""
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define, define_autograd
+from shifcon_fast.ops.library import compute_dtype, define
 from shifcon_fast.ops.registry import run_backward, run_forward
 from shifcon_fast.ops.validation import (
     check_floating,
@@ -34,8 +35,8 @@ def add_shift_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """h = x + residual + shift[index]; y = RMSNorm(h) · weight (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
-    The sum is formed in float32 and rounded once to ``x.dtype``; y is the norm of that rounded h. Rows whose index is
-    -1 get no shift, bit for bit. With neither residual nor shift, the returned h is ``x`` itself.
+    The sum is formed in float32 and rounded once to ``x.dtype``; y is the norm of that rounded h. Rows whose index
+    is -1 get no shift, bit for bit. With neither residual nor shift, the returned h is ``x`` itself.
 
     Args:
         x: (..., d) float32, bfloat16 or float16, any strides.
@@ -191,20 +192,6 @@ def _backward_fake(
     return gradients
 
 
-_forward = define(
-    "add_shift_rms_norm(Tensor x, Tensor weight, Tensor? residual, Tensor? shift, Tensor? index, float eps, str style, "
-    "str impl) -> (Tensor y, Tensor h, Tensor rstd)",
-    _kernel,
-    _fake,
-)
-_backward = define(
-    "add_shift_rms_norm_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor rstd, Tensor? index, "
-    "SymInt languages, str style, bool need_input, bool need_weight, bool need_shift, str impl) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, residual, shift, index, _, style, impl = inputs
     _, h, rstd = output
@@ -250,4 +237,18 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, _: Tensor 
     )
 
 
-define_autograd("add_shift_rms_norm", _autograd, _setup_context)
+_forward = define(
+    "add_shift_rms_norm(Tensor x, Tensor weight, Tensor? residual, Tensor? shift, Tensor? index, float eps, "
+    "str style, str impl) -> (Tensor y, Tensor h, Tensor rstd)",
+    _kernel,
+    _fake,
+    _autograd,
+    _setup_context,
+)
+_backward = define(
+    "add_shift_rms_norm_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor rstd, "
+    "Tensor? index, SymInt languages, str style, bool need_input, bool need_weight, bool need_shift, "
+    "str impl) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

@@ -1,5 +1,7 @@
 """``masked_mean_pool``: the mean over the tokens a mask selects."""
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define, define_autograd
+from shifcon_fast.ops.library import compute_dtype, define
 from shifcon_fast.ops.registry import run_backward, run_forward
 from shifcon_fast.ops.validation import MASK, check_floating, check_impl, check_same_device
 
@@ -68,19 +70,6 @@ def _backward_fake(
     return grad.new_empty((*mask.shape, grad.shape[-1]), dtype=dtype)
 
 
-_forward = define(
-    "masked_mean_pool(Tensor h, Tensor mask, bool normalize, str impl) -> (Tensor pooled, Tensor factor)",
-    _kernel,
-    _fake,
-)
-_backward = define(
-    "masked_mean_pool_backward(Tensor grad, Tensor pooled, Tensor factor, Tensor mask, ScalarType dtype, "
-    "bool normalize, str impl) -> Tensor",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     h, mask, ctx.normalize, ctx.impl = inputs
     ctx.dtype = h.dtype
@@ -95,4 +84,16 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return _backward(grad, pooled, factor, mask, ctx.dtype, ctx.normalize, ctx.impl), None, None, None
 
 
-define_autograd("masked_mean_pool", _autograd, _setup_context)
+_forward = define(
+    "masked_mean_pool(Tensor h, Tensor mask, bool normalize, str impl) -> (Tensor pooled, Tensor factor)",
+    _kernel,
+    _fake,
+    _autograd,
+    _setup_context,
+)
+_backward = define(
+    "masked_mean_pool_backward(Tensor grad, Tensor pooled, Tensor factor, Tensor mask, ScalarType dtype, "
+    "bool normalize, str impl) -> Tensor",
+    _backward_kernel,
+    _backward_fake,
+)

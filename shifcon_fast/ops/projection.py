@@ -1,13 +1,14 @@
 """``subspace_project``: move rows from one language's affine subspace to another's."""
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define, define_autograd
+from shifcon_fast.ops.library import compute_dtype, define
 from shifcon_fast.ops.registry import run_backward, run_forward
 from shifcon_fast.ops.validation import (
     check_floating,
@@ -57,11 +58,9 @@ def subspace_project(
     check_floating("basis", basis)
     if basis.ndim != 3 or basis.shape[:2] != mean.shape:
         raise ValueError(
-            f"basis: got shape {tuple(basis.shape)}; wanted ({mean.shape[0]}, {hidden}, k), one basis per row of mean"
+            f"basis: got shape {tuple(basis.shape)}; wanted ({mean.shape[0]}, {hidden}, k), a basis per row of mean"
         )
-    for name, ids in (("source", source), ("target", target)):
-        if name == "target" and ids is None:
-            continue
+    for name, ids in (("source", source), ("target", source if target is None else target)):
         check_integer(name, ids)
         check_prefix(name, ids, x)
         check_same_device(name, ids, "x", x)
@@ -131,19 +130,6 @@ def _backward_fake(
     return gradients
 
 
-_forward = define(
-    "subspace_project(Tensor x, Tensor mean, Tensor basis, Tensor source, Tensor? target, str impl) -> Tensor",
-    _kernel,
-    _fake,
-)
-_backward = define(
-    "subspace_project_backward(Tensor grad, Tensor? x, Tensor mean, Tensor basis, Tensor source, Tensor? target, "
-    "bool need_x, bool need_mean, bool need_basis, str impl) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, basis, source, target, ctx.impl = inputs
     # The gradients of x and mean do not need x; keeping it only for the basis saves an activation.
@@ -160,4 +146,16 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_mean, grad_basis, None, None, None
 
 
-define_autograd("subspace_project", _autograd, _setup_context)
+_forward = define(
+    "subspace_project(Tensor x, Tensor mean, Tensor basis, Tensor source, Tensor? target, str impl) -> Tensor",
+    _kernel,
+    _fake,
+    _autograd,
+    _setup_context,
+)
+_backward = define(
+    "subspace_project_backward(Tensor grad, Tensor? x, Tensor mean, Tensor basis, Tensor source, Tensor? target, "
+    "bool need_x, bool need_mean, bool need_basis, str impl) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

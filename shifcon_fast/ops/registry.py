@@ -87,7 +87,7 @@ def register_backend(
         operator: one of :data:`OPERATORS`.
         name: "reference", "native" or "triton".
         forward, backward: take and return what the reference backend's functions of the same operator do.
-        unavailable: ``(device, dtype) -> reason | None``; cheap and constant within a process, its answers are cached.
+        unavailable: ``(device, dtype) -> reason | None``; constant within a process, its answers are cached.
 
     Raises:
         ValueError: unknown operator or backend name.
@@ -191,7 +191,7 @@ def reset_call_counts() -> None:
 
 
 def backend_report(dtype: torch.dtype = torch.bfloat16) -> list[BackendReport]:
-    """For every operator and device of this machine: what ``impl="auto"`` runs for ``dtype``, and why not the others."""
+    """Per operator and device of this machine: what ``impl="auto"`` runs for ``dtype``, and why not the others."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     reports = []

@@ -1,13 +1,14 @@
 """``contrastive_similarity``: the batched logits that ``info_nce`` is taken over, written out."""
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define, define_autograd
+from shifcon_fast.ops.library import compute_dtype, define
 from shifcon_fast.ops.registry import run_backward, run_forward
 from shifcon_fast.ops.validation import check_impl, check_pair, check_scale
 
@@ -83,19 +84,6 @@ def _backward_fake(
     return [x.new_empty(x.shape) for x, needed in ((a, need_a), (b, need_b)) if needed]
 
 
-_forward = define(
-    "contrastive_similarity(Tensor a, Tensor b, float scale, bool normalize, bool recenter, str impl) -> Tensor",
-    _kernel,
-    _fake,
-)
-_backward = define(
-    "contrastive_similarity_backward(Tensor grad, Tensor a, Tensor b, float scale, bool normalize, bool recenter, "
-    "bool need_a, bool need_b, str impl) -> Tensor[]",
-    _backward_kernel,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, *ctx.options, ctx.impl = inputs
     ctx.save_for_backward(a, b)
@@ -109,4 +97,16 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_a, grad_b, *(None,) * 4
 
 
-define_autograd("contrastive_similarity", _autograd, _setup_context)
+_forward = define(
+    "contrastive_similarity(Tensor a, Tensor b, float scale, bool normalize, bool recenter, str impl) -> Tensor",
+    _kernel,
+    _fake,
+    _autograd,
+    _setup_context,
+)
+_backward = define(
+    "contrastive_similarity_backward(Tensor grad, Tensor a, Tensor b, float scale, bool normalize, bool recenter, "
+    "bool need_a, bool need_b, str impl) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)

@@ -78,7 +78,7 @@ def check_index_range(name: str, index: torch.Tensor, count: int) -> None:
     low, high = (int(bound) for bound in index.aminmax())
     if low < -1 or high >= count:
         raise ValueError(
-            f"{name}: got language id {low if low < -1 else high}; wanted -1 (leave the row alone) or 0 to {count - 1}"
+            f"{name}: got language id {low if low < -1 else high}; wanted 0 to {count - 1}, or -1 (row left alone)"
         )
 
 

@@ -8,6 +8,8 @@ S = scale · u b′ᵀ (see ``unit_rows`` for u and b′). One tile of S gives r
 The log-sum-exps run online over the tiles (Milakov & Gimelshein 2018, arXiv 1805.02867), so no scale overflows.
 """
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from collections.abc import Iterator

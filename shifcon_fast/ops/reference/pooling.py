@@ -1,10 +1,12 @@
 """Reference ``masked_mean_pool`` in plain PyTorch.
 
-m = Σ_t mask · h / count in float32; e = m, or m / ‖m‖ when normalised. With factor = 1 / count, or 1 / (count · ‖m‖)
-when normalised, and 0 for an empty row or a zero mean, every selected token gets
+m = Σ_t mask · h / count in float32; e = m, or m / ‖m‖ when normalised. With factor = 1 / count, or
+1 / (count · ‖m‖) when normalised, and 0 for an empty row or a zero mean, every selected token gets
 
     ∂L/∂h_t = factor · g,    or    factor · (g - e · (e · g))    when normalised.
 """
+
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
 
 from __future__ import annotations
 

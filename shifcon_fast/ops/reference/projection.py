@@ -5,6 +5,8 @@ x′ = mean_t + V_t V_tᵀ c with c = x - mean_s. With g = ∂L/∂x′ and p = 
     ∂L/∂x = p,   ∂L/∂mean_t += g,   ∂L/∂mean_s -= p,   ∂L/∂V_t = Σ_rows g (V_tᵀ c)ᵀ + c (V_tᵀ g)ᵀ.
 """
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 from collections.abc import Iterator

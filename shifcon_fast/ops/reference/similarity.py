@@ -3,6 +3,8 @@
 With G = scale · ∂L/∂S:  ∂L/∂b′ = Gᵀ u,  ∂L/∂v = ∂L/∂b′ - mean over M of it,  ∂L/∂u = G b′ + (its sum over M) / N.
 """
 
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
 from __future__ import annotations
 
 import torch
