@@ -1,0 +1,85 @@
+"""Random language spaces, mixed batches, and the oracle: the shift added by hooks to an untouched copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.space.language_space import LanguageSpace
+
+LANGUAGES = ("en", "sw", "de")
+
+
+def build_space(model: nn.Module, *, seed: int = 0, languages: tuple[str, ...] = LANGUAGES) -> LanguageSpace:
+    """Random language vectors about as long as the tiny models' hidden states; the pivot is not the first."""
+    decoder = locate_decoder(model)
+    generator = torch.Generator().manual_seed(seed)
+    boundaries, count = decoder.num_boundaries, len(languages)
+    return LanguageSpace(
+        languages=languages,
+        pivot="de",
+        mean=torch.randn(boundaries, count, decoder.hidden_size, generator=generator),
+        counts=dict.fromkeys(languages, 2),
+        rms=torch.ones(boundaries),
+        bos_share=torch.zeros(boundaries, count),
+    )
+
+
+@pytest.fixture(scope="session")
+def random_space() -> Callable[..., LanguageSpace]:
+    return build_space
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, Tensor]:
+    """Four rows, one language each way: sw, de (the pivot), en, none; the last two padded on the left."""
+    tokens = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[2, :2] = 0
+    mask[3, :4] = 0
+    return {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def batch_ids() -> Tensor:
+    """Language ids of ``batch`` in a ``random_space``."""
+    return torch.tensor([1, 2, 0, -1])
+
+
+@pytest.fixture(scope="session")
+def shifted_by_hooks() -> Callable[..., object]:
+    """The oracle: a deep copy of a model, taken before it is attached, whose blocks' inputs are shifted by hooks."""
+
+    @contextmanager
+    def oracle(
+        model: PreTrainedModel, space: LanguageSpace, ids: Tensor, shifts: dict[int, tuple[int, float]]
+    ) -> Iterator[PreTrainedModel]:
+        """``shifts``: block → (boundary whose vectors are added, sign · alpha)."""
+        plain = copy.deepcopy(model)
+        pivot = space.language_id(space.pivot)
+
+        def hook(boundary: int, scale: float) -> Callable[..., tuple[Tensor, ...]]:
+            def shift(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                hidden, *rest = args
+                rows = ids.repeat_interleave(hidden.shape[0] // len(ids))  # beams
+                moved = []
+                for row, language in zip(hidden, rows.tolist(), strict=True):
+                    vector = space.mean[boundary, pivot] - space.mean[boundary, language]
+                    same = language in (-1, pivot)
+                    moved.append(row if same else (row + scale * vector).to(row.dtype))  # promotes to float32
+                return (torch.stack(moved), *rest)
+
+            return shift
+
+        for block, (boundary, scale) in shifts.items():
+            locate_decoder(plain).blocks[block].register_forward_pre_hook(hook(boundary, scale))
+        yield plain
+
+    return oracle

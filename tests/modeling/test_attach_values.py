@@ -1,0 +1,225 @@
+"""What an attached model computes, for every architecture, against hooks on an untouched copy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from shifcon_fast import ops
+from shifcon_fast.modeling import norms
+from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
+from shifcon_fast.modeling.attach import attach
+
+ROWS = list(ARCHITECTURES.values())
+every_architecture = pytest.mark.parametrize("architecture", [row.model_type for row in ROWS])
+with_norms = pytest.mark.parametrize("architecture", [row.model_type for row in ROWS if row.norm_sites])
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unshifted_logits_are_those_of_the_model_bit_for_bit(
+    architecture, dtype, tiny_model, random_space, batch
+):
+    model = tiny_model(architecture, dtype=dtype)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with attach(model, random_space(model), forward=1, backward=3) as handle:
+            plain = model(**batch).logits
+            pivot = model(**batch, language_ids=handle.language_ids(["de"] * 4)).logits
+            nobody = model(**batch, language_ids=torch.full((4,), -1)).logits
+        after = model(**batch).logits
+    for logits in (plain, pivot, nobody, after):
+        assert torch.equal(logits, expected)
+
+
+@every_architecture
+def test_shifted_logits_equal_the_oracle(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture)
+    space = random_space(model)
+    with torch.no_grad():
+        with shifted_by_hooks(model, space, batch_ids, {1: (1, 0.7), 3: (3, -0.7)}) as plain:
+            expected = plain(**batch).logits
+        unshifted = model(**batch).logits
+        attach(model, space, forward=1, backward=3, alpha=0.7)
+        logits = model(**batch, language_ids=batch_ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - unshifted).abs().amax(dim=(1, 2))[[0, 2]].min() > 0.1
+    assert torch.equal(logits[[1, 3]], unshifted[[1, 3]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2", "bloom"])
+def test_shifted_bfloat16_logits_are_as_accurate_as_the_oracle(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture)
+    space = random_space(model)
+    shifts = {1: (1, 1.0), 3: (3, -1.0)}
+    tokens = batch["input_ids"]
+    low = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        with shifted_by_hooks(copy.deepcopy(low).double(), space, batch_ids, shifts) as plain:
+            exact = plain(tokens).logits
+        with shifted_by_hooks(low, space, batch_ids, shifts) as plain:
+            theirs = (plain(tokens).logits.double() - exact).norm()
+        attach(low, space, forward=1, backward=3)
+        ours = (low(tokens, language_ids=batch_ids).logits.double() - exact).norm()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_official_recipe_adds_at_the_block_before(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture)
+    space = random_space(model)
+    with torch.no_grad():
+        with shifted_by_hooks(model, space, batch_ids, {0: (1, 1.0), 2: (3, -1.0)}) as plain:
+            expected = plain(**batch).logits
+        attach(model, space, 1, 3, recipe="official")
+        logits = model(**batch, language_ids=batch_ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@every_architecture
+def test_gradients_equal_the_oracle(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture)
+    space = random_space(model)
+    probe = torch.randn(4, 9, 128, generator=torch.Generator().manual_seed(3))
+    with shifted_by_hooks(model, space, batch_ids, {0: (0, 1.0), 2: (2, -1.0)}) as plain:
+        (plain(**batch).logits * probe).sum().backward()
+    attach(model, space, forward=0, backward=2)
+    (model(**batch, language_ids=batch_ids).logits * probe).sum().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        scale = expected[name].grad.abs().max()
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4 * float(scale))
+
+
+@with_norms
+def test_every_norm_site_of_every_block_runs_in_the_operator(
+    architecture, tiny_model, random_space, batch, batch_ids, monkeypatch
+):
+    model = tiny_model(architecture)
+    decoder = locate_decoder(model)
+    handle = attach(model, random_space(model), forward=1, backward=2)
+    calls, modules_called = [], []
+    real = ops.add_shift_rms_norm
+
+    def spy(x, weight, residual, shift, index, **kwargs):
+        calls.append((weight, shift is not None))
+        return real(x, weight, residual, shift, index, **kwargs)
+
+    monkeypatch.setattr(norms.ops, "add_shift_rms_norm", spy)
+    sites = decoder.architecture.norm_sites
+    norm_class = type(getattr(decoder.blocks[0], sites[0]))
+    module_forward = norm_class.forward
+
+    def noticed(self, x):
+        modules_called.append(self)
+        return module_forward(self, x)
+
+    monkeypatch.setattr(norm_class, "forward", noticed)
+    handle.reset_engagements()
+    with torch.no_grad():
+        model(**batch, language_ids=batch_ids)
+
+    expected = [getattr(block, site).weight for block in decoder.blocks for site in sites]
+    assert len(calls) == len(expected)
+    assert all(weight is other for (weight, _), other in zip(calls, expected, strict=True))
+    in_blocks = {id(getattr(block, site)) for block in decoder.blocks for site in sites}
+    assert modules_called, "the final norm is a module of the same class"
+    assert not in_blocks & {id(module) for module in modules_called}
+    assert handle.engagements == {k: dict.fromkeys(sites, 1) for k in range(4)}
+    assert handle.bypassed == {}
+    if "input_layernorm" in sites:  # the shift rides along with the norm at the block's entry
+        per_block = len(sites)
+        assert [k for k, (_, shifted) in enumerate(calls) if shifted] == [per_block, 2 * per_block]
+
+
+def test_a_norm_with_a_hook_is_called_and_reported(tiny_model, random_space, batch, batch_ids):
+    model = tiny_model("llama")
+    handle = attach(model, random_space(model), forward=1, backward=2)
+    expected = model(**batch, language_ids=batch_ids).logits
+    handle.reset_engagements()
+    seen = []
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda m, args, out: seen.append(out))
+    model.model.layers[2].post_attention_layernorm = nn.Sequential(
+        model.model.layers[2].post_attention_layernorm
+    )
+    logits = model(**batch, language_ids=batch_ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+    assert handle.engagements[1] == {"input_layernorm": 0, "post_attention_layernorm": 1}
+    assert "hooks" in handle.bypassed[1]["input_layernorm"]
+    assert "Sequential" in handle.bypassed[2]["post_attention_layernorm"]
+    assert set(handle.bypassed) == {1, 2}
+
+
+def test_float32_norm_weights_beside_bfloat16_activations(tiny_model, random_space, batch, batch_ids):
+    """PEFT's prepare_model_for_kbit_training casts norm weights up; the blocks' hidden states stay bfloat16."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    handle = attach(model, random_space(model), forward=1, backward=2)
+    with torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+        for block in model.model.layers:
+            for site in ("input_layernorm", "post_attention_layernorm"):
+                norm = getattr(block, site)
+                norm.weight.data = norm.weight.data.float()
+        dtypes = set()
+        for block in model.model.layers:
+            block.mlp.register_forward_pre_hook(lambda m, args: dtypes.add(args[0].dtype))
+        handle.reset_engagements()
+        logits = model(**batch, language_ids=batch_ids).logits
+    assert dtypes == {torch.bfloat16}
+    assert handle.bypassed == {}
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+
+
+def test_autocast_keeps_the_float32_residual_stream(
+    tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    """Under autocast the branches are bfloat16 and the residual stream float32, which the fused add must keep."""
+    model = tiny_model("llama")
+    space = random_space(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with shifted_by_hooks(model, space, batch_ids, {1: (1, 1.0), 2: (2, -1.0)}) as plain:
+            expected = plain(**batch).logits
+        handle = attach(model, space, forward=1, backward=2)
+        streams = []
+        model.model.layers[3].register_forward_pre_hook(lambda m, args: streams.append(args[0].dtype))
+        logits = model(**batch, language_ids=batch_ids).logits
+    assert streams == [torch.float32]
+    assert handle.bypassed == {}
+    torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
+
+
+def test_hidden_states_and_attentions_are_still_returned(
+    tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    for architecture in ("llama", "gemma3_text", "bloom"):
+        model = tiny_model(architecture)
+        model.set_attn_implementation("eager")
+        space = random_space(model)
+        with torch.no_grad():
+            attach(model, space, forward=1, backward=3)
+            out = model(**batch, language_ids=batch_ids, output_hidden_states=True, output_attentions=True)
+        assert len(out.hidden_states) == 5
+        assert len(out.attentions) == 4
+        entering = []
+        remove = (
+            locate_decoder(model)
+            .blocks[2]
+            .register_forward_pre_hook(lambda m, args, entering=entering: entering.append(args[0]))
+        )
+        with torch.no_grad():
+            model(**batch, language_ids=batch_ids)
+        remove.remove()
+        assert torch.equal(out.hidden_states[2], entering[0])
