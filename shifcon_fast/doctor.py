@@ -1,0 +1,98 @@
+"""What this machine can do: versions, devices, NF4, and the backend of every operator (``shifcon doctor``)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from shifcon_fast import ops
+from shifcon_fast.training.quantization import nf4_problem
+
+PACKAGES = (
+    "shifcon-fast",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "triton",
+    "liger-kernel",
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that tensors can live on. ``memory`` is in bytes, None where it is not known."""
+
+    name: str
+    description: str
+    memory: int | None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that matter; None for what is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def devices() -> list[Device]:
+    """The CPU, then every CUDA device."""
+    cpu = Device("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", _physical_memory())
+    found = [cpu]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found.append(Device(f"cuda:{index}", f"{properties.name}, {capability}", properties.total_memory))
+    return found
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return None
+
+
+def examine() -> dict[str, Any]:
+    """Everything ``shifcon doctor`` prints, ready for JSON.
+
+    "nf4" maps each device to "works" or to what is wrong; it is found by quantising a matrix and reading it back.
+    """
+    present = devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "devices": [asdict(device) for device in present],
+        "nf4": {device.name: nf4_problem(torch.device(device.name)) or "works" for device in present},
+        "operators": [asdict(report) for report in ops.backend_report()],
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The result of :func:`examine` as text for a terminal."""
+    lines = [f"Python {found['python']} on {found['platform']}", "", "packages"]
+    lines += [f"  {name:14} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += ["", "devices"]
+    for device in found["devices"]:
+        memory = f", {device['memory'] / 2**30:.1f} GiB" if device["memory"] else ""
+        lines.append(f"  {device['name']:14} {device['description']}{memory}")
+    lines += ["", "4-bit (NF4)"]
+    lines += [f"  {device:14} {verdict}" for device, verdict in found["nf4"].items()]
+    lines += ["", "operators"]
+    for report in found["operators"]:
+        lines.append(f"  {report['operator']:24} {report['device']:6} {report['chosen']}")
+        lines += [f"    {backend}: {reason}" for backend, reason in report["reasons"].items() if reason]
+    return "\n".join(lines)
