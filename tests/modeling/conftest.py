@@ -55,7 +55,7 @@ def batch_ids() -> Tensor:
 
 @pytest.fixture(scope="session")
 def shifted_by_hooks() -> Callable[..., object]:
-    """The oracle: a deep copy of a model, taken before it is attached, whose blocks' inputs are shifted by hooks."""
+    """The oracle: a deep copy of a model, made before attaching, whose blocks' inputs are shifted by hooks."""
 
     @contextmanager
     def oracle(

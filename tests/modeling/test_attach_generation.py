@@ -1,5 +1,7 @@
 """``generate`` with language ids: beams, sampling, the KV cache, left padding, mixed languages."""
 
+# ruff: noqa: PLR0917 - pytest passes fixtures by name
+
 from __future__ import annotations
 
 import inspect

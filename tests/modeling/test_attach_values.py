@@ -1,5 +1,7 @@
 """What an attached model computes, for every architecture, against hooks on an untouched copy."""
 
+# ruff: noqa: PLR0917 - pytest passes fixtures by name
+
 from __future__ import annotations
 
 import copy
