@@ -1,17 +1,19 @@
 """Intervals for a method that was trained with several seeds and tested on many items.
 
-Two sources of chance: another seed would have given another model, and another test set other items. An interval
-over items alone says nothing about the first, and three seeds are too few to resample: in simulation (3 seeds of
-200 items, differences between seeds of 8 points) a hierarchical percentile bootstrap that claims 95 % covers the
-truth 81 % of the time. The analysis of variance of the same two random effects, with Student's t at Satterthwaite's
-degrees of freedom (Satterthwaite 1946), covers 93 to 98 % with 3 or 5 seeds and 0 to 8 points between them.
+Two sources of chance: another seed would have given another model, and another test set other items. An
+interval over items alone says nothing about the first, and three seeds are too few to resample: in simulation
+(3 seeds of 200 items, differences between seeds of 8 points) a hierarchical percentile bootstrap that claims
+95 % covers the truth 81 % of the time. The analysis of variance of the same two random effects, with
+Student's t at Satterthwaite's degrees of freedom (Satterthwaite 1946), covers 93 to 98 % with 3 or 5 seeds
+and 0 to 8 points between them.
 
 With S seeds and I items, x the S × I outcomes and x̄ₛ, x̄ᵢ their row and column means:
 
 * the same items for every seed (crossed): V = V_s + V_i − V_e, where V_s = var(x̄ₛ)/S, V_i = var(x̄ᵢ)/I and
-  V_e = MSE/(S I) is what both hold twice; at least max(V_s, V_i); degrees of freedom V²/(V_s²/(S−1) + V_i²/(I−1));
-* other items for every seed (nested): V_s already holds both; V = V_s with S − 1 degrees of freedom, unless the
-  sampling of items alone explains more, V_w = Σₛ var(xₛ)/Iₛ / S², with Σ Iₛ − S degrees of freedom.
+  V_e = MSE/(S I) is what both hold twice; at least max(V_s, V_i); degrees of freedom V²/(V_s²/(S−1) +
+  V_i²/(I−1));
+* other items for every seed (nested): V_s already holds both; V = V_s with S − 1 degrees of freedom, unless
+  the sampling of items alone explains more, V_w = Σₛ var(xₛ)/Iₛ / S², with Σ Iₛ − S degrees of freedom.
 
 The interval is x̄ ± t √V, x̄ the mean over seeds of the seeds' means.
 """

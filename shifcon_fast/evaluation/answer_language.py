@@ -1,15 +1,16 @@
 """Is an answer in the language it was asked for?
 
-Two looks at the text: the script of its letters, which rules languages out (kana is Japanese, Telugu letters are
-Telugu), and, among the languages that are left, py3langid (https://github.com/adbar/py3langid, after Lui & Baldwin
-2012, https://aclanthology.org/P12-3005), restricted to the candidates.
+Two looks at the text: the script of its letters, which rules languages out (kana is Japanese, Telugu letters
+are Telugu), and, among the languages that are left, py3langid (https://github.com/adbar/py3langid, after Lui
+& Baldwin 2012, https://aclanthology.org/P12-3005), restricted to the candidates.
 
 Answers without enough letters ("42", "x = 7", "Berlin") are *undecided*: they count neither for nor against.
 
-Measured on NTREX-128 (300 sentences in each of 16 languages, all 16 as candidates; a test asserts bounds): of whole
-sentences 99.5 % are decided, and 99.96 % of those are right (2 of 4,776 are wrong: Thai headlines left in Latin
-script); cut to 20 characters, 93 % are decided and 99.3 % of those are right. Only candidates can be named: text in a language that is not among them is called the
-nearest one in its script, or ``other`` where no candidate uses the script.
+Measured on NTREX-128 (300 sentences in each of 16 languages, all 16 as candidates; a test asserts bounds): of
+whole sentences 99.5 % are decided, and 99.96 % of those are right (2 of 4,776 are wrong: Thai headlines left
+in Latin script); cut to 20 characters, 93 % are decided and 99.3 % of those are right. Only candidates can be
+named: text in a language that is not among them is called the nearest one in its script, or ``other`` where
+none uses the script.
 """
 
 from __future__ import annotations
@@ -71,13 +72,12 @@ class AnswerLanguage:
 
     def __init__(self, languages: Sequence[str], *, confidence: float = 0.7) -> None:
         self.languages = tuple(dict.fromkeys(languages))
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        known = self._identifier.labels
-        if unknown := [language for language in self.languages if language not in known]:
+        if unknown := [language for language in self.languages if language not in known_languages()]:
             raise ValueError(
                 f"languages names {', '.join(map(repr, unknown))}, which py3langid cannot tell; it knows "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(known_languages()))}"
             )
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         self.confidence = confidence
 
     def identify(self, text: str) -> str | None:
@@ -111,6 +111,12 @@ class AnswerLanguage:
             )
         found = self.identify(text)
         return None if found is None else found == language
+
+
+@lru_cache(maxsize=1)
+def known_languages() -> frozenset[str]:
+    """The ISO 639 codes that py3langid can tell apart."""
+    return frozenset(LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).labels)
 
 
 @lru_cache(maxsize=4096)

@@ -2,8 +2,8 @@
 
 * One accuracy: the Wilson score interval (Wilson 1927; ``scipy.stats``), which stays honest at 0 % and 100 %.
 * The difference of two models: a paired percentile bootstrap (Efron & Tibshirani 1993, ch. 13; Koehn 2004,
-  https://aclanthology.org/W04-3250): items are drawn with replacement, and both models keep their outcome on a
-  drawn item, so that what both find hard cancels.
+  https://aclanthology.org/W04-3250): items are drawn with replacement, and both models keep their outcome on
+  a drawn item, so that what both find hard cancels.
 
 Several training seeds need more than items: see :mod:`shifcon_fast.evaluation.across_seeds`.
 """

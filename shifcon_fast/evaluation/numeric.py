@@ -2,21 +2,23 @@
 
 Every value is a :class:`fractions.Fraction`: 0.1 is one tenth, and ``2.50`` equals ``2.5``. What is read:
 
-* decimal digits of every script (``unicodedata.decimal``: ASCII, full-width, Arabic-Indic, Devanagari, Thai ...);
+* decimal digits of every script (``unicodedata.decimal``: ASCII, full-width, Arabic-Indic, Devanagari, Thai
+  ...);
 * signs ``-`` ``−`` ``–`` ``－`` where they are signs: not in ``3-4``, ``74 -35`` or ``F-16``;
-* thousands separators: comma, dot, apostrophe, no-break and narrow spaces, Arabic ``٬``; Western groups (1,234,567)
-  and Indian ones (12,34,567); a plain space where the language writes it so (``12 345`` in French or Russian);
+* thousands separators: comma, dot, apostrophe, no-break and narrow spaces, Arabic ``٬``; Western groups
+  (1,234,567) and Indian ones (12,34,567); a plain space where the language writes it so (``12 345`` in French
+  or Russian);
 * decimal separators: dot, comma, Arabic ``٫``;
-* fractions (``3/4``, ``2 1/2``, ``½``), exponents (``1.5e3``), the myriads of Chinese and Japanese (``2万5000``,
-  ``3.5亿``), currency and percent signs (``50%`` is 50).
+* fractions (``3/4``, ``2 1/2``, ``½``), exponents (``1.5e3``), the myriads of Chinese and Japanese
+  (``2万5000``, ``3.5亿``), currency and percent signs (``50%`` is 50).
 
-What is skipped: dates, times and ratios (``2020-05-01``, ``12:30``), versions (``1.2.3``), powers (``^2``), and
-digits that end a word (``x5``, ``CO2``). Number words ("nine", "half") and spelled-out multipliers ("lakh",
-"million") are not read.
+What is skipped: dates, times and ratios (``2020-05-01``, ``12:30``), versions (``1.2.3``), powers (``^2``),
+and digits that end a word (``x5``, ``CO2``). Number words ("nine", "half") and spelled-out multipliers
+("lakh", "million") are not read.
 
-A separator followed by three digits is ambiguous: ``1.234`` is 1234 in German and 1.234 in English. The language
-decides (Unicode CLDR number symbols, https://cldr.unicode.org); where usage is mixed (Spanish), three digits make a
-group.
+A separator followed by three digits is ambiguous: ``1.234`` is 1234 in German and 1.234 in English. The
+language decides (Unicode CLDR number symbols, https://cldr.unicode.org); where usage is mixed (Spanish),
+three digits make a group.
 """
 
 from __future__ import annotations
@@ -72,10 +74,12 @@ _INDIAN = re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
 
 
 def extract_answer(response: str, language: str | None = None) -> Fraction | None:
-    """The final numeric answer of a response: the number after the last ``####``, else the last number, else None.
+    """The final numeric answer of a response: the number after the last ``####``, else the last number, else
+    None.
 
     Args:
-        language: ISO 639 code that decides ambiguous separators; None reads ``1,234`` and ``1.5`` the English way.
+        language: ISO 639 code that decides ambiguous separators; None reads ``1,234`` and ``1.5`` the English
+        way.
     """
     text = _normalise(response)
     marker = text.rfind("####")
@@ -93,7 +97,8 @@ def find_numbers(text: str, language: str | None = None) -> list[Fraction]:
 def as_number(answer: object) -> Fraction | None:
     """A gold answer as a number, or None if it is text.
 
-    A string counts as a number when it is one plain ASCII number (``"18"``, ``"-2.5"``, ``"1,234"``, ``"3/4"``).
+    A string counts as a number when it is one plain ASCII number (``"18"``, ``"-2.5"``, ``"1,234"``,
+    ``"3/4"``).
     """
     if isinstance(answer, bool) or answer is None:
         return None
