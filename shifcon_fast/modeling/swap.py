@@ -49,7 +49,9 @@ def swap_class(module: nn.Module, replacement: Modules) -> Modules:
         bound = MethodType(replacement.forward, module)
         setattr(module, key, bound)
         if key == "_old_forward":  # what inspect.signature sees of the hook is what it wraps
-            functools.update_wrapper(module.__dict__["forward"], bound)
+            hook = module.__dict__["forward"]
+            hook.__dict__.pop("__signature__", None)
+            functools.update_wrapper(hook, bound)
     return original
 
 

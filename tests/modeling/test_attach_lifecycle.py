@@ -1,0 +1,358 @@
+"""Attaching, detaching, copying, saving, refusing."""
+
+
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from shifcon_fast.modeling import attach as attach_module
+from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
+from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.fingerprint import model_fingerprint
+
+every_architecture = pytest.mark.parametrize(
+    "architecture", [row.model_type for row in ARCHITECTURES.values()]
+)
+
+
+def _snapshot(model: nn.Module) -> list[tuple[object, ...]]:
+    """Everything attach touches: classes, instance attributes, buffers, in the order of the modules."""
+    return [
+        (
+            name,
+            type(module),
+            sorted(module.__dict__),
+            sorted(module._buffers),
+            sorted(module._non_persistent_buffers_set),
+            inspect.signature(module.forward),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@every_architecture
+def test_detach_leaves_no_trace(architecture, tiny_model, random_space, batch, batch_ids):
+    model = tiny_model(architecture)
+    model(**batch)  # transformers caches on first use
+    before, keys = _snapshot(model), list(model.state_dict())
+    handle = attach(model, random_space(model), forward=1, backward=2)
+    assert model.shifcon is handle
+    assert _snapshot(model) != before
+    assert list(model.state_dict()) == keys
+    names = [(type(m).__module__, type(m).__qualname__, type(m).__name__) for m in model.modules()]
+    model(**batch, language_ids=batch_ids)
+    handle.detach()
+    assert names == [(type(m).__module__, type(m).__qualname__, type(m).__name__) for m in model.modules()]
+    assert _snapshot(model) == before
+    handle.detach()
+    assert _snapshot(model) == before
+
+
+def test_the_context_manager_detaches_after_an_exception(tiny_model, random_space):
+    model = tiny_model("llama")
+    before = _snapshot(model)
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        attach(model, random_space(model), forward=1, backward=2),
+    ):
+        raise RuntimeError("inside")
+    assert _snapshot(model) == before
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(tiny_model, random_space, monkeypatch):
+    model = tiny_model("llama")
+    before = _snapshot(model)
+    monkeypatch.setattr(attach_module, "decoder_class", lambda original: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attach(model, random_space(model), forward=1, backward=2)
+    assert _snapshot(model) == before
+
+
+def test_a_bare_decoder_can_be_attached(tiny_model, random_space, batch, batch_ids):
+    model = tiny_model("llama")
+    space = random_space(model)
+    with attach(model, space, forward=1, backward=3), torch.no_grad():
+        expected = model.model(**batch, language_ids=batch_ids).last_hidden_state
+    handle = attach(model.model, space, forward=1, backward=3)
+    assert model.model.shifcon is handle
+    with torch.no_grad():
+        assert torch.equal(model.model(**batch, language_ids=batch_ids).last_hidden_state, expected)
+        logits = model(**batch, language_ids=batch_ids).logits  # Llama's head passes the ids on
+    torch.testing.assert_close(logits, model.lm_head(expected))
+
+
+def test_a_deep_copy_is_attached_by_itself(tiny_model, random_space, batch, batch_ids):
+    for architecture in ("llama", "bloom"):
+        model = tiny_model(architecture)
+        space = random_space(model)
+        handle = attach(model, space, forward=1, backward=2)
+        with torch.no_grad():
+            expected = model(**batch, language_ids=batch_ids).logits
+            twin = copy.deepcopy(model)
+            assert twin.shifcon is not handle
+            assert twin.shifcon.model is twin
+            handle.set_space(random_space(model, seed=7))
+            handle.reset_engagements()
+            assert torch.equal(twin(**batch, language_ids=batch_ids).logits, expected)
+            assert not any(count for sites in handle.engagements.values() for count in sites.values())
+            handle.detach()
+            assert torch.equal(twin(**batch, language_ids=batch_ids).logits, expected)
+            twin.shifcon.detach()
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+def test_save_pretrained_writes_what_it_writes_without(tiny_model, random_space, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "plain")
+    attach(model, random_space(model), forward=1, backward=2)
+    model.save_pretrained(tmp_path / "attached")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "attached" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "attached")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert model.load_state_dict(again.state_dict(), strict=True).missing_keys == []
+
+
+def test_shift_tables_are_the_formula_and_stay_float32(tiny_model, random_space):
+    model = tiny_model("llama")
+    space = random_space(model)
+    handle = attach(model, space, 1, 3, 0.5)
+    mean = space.mean.double()
+    toward, back = 0.5 * (mean[1, 2] - mean[1]), 0.5 * (mean[3] - mean[3, 2])
+    model.to(torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    for block, expected in ((1, toward), (3, back)):
+        table = handle.shift_table(block)
+        assert table.dtype == torch.float32
+        torch.testing.assert_close(table.double(), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(table[2], torch.zeros(32))
+    assert handle.shift_table(0) is None
+    assert handle.shift_table(2) is None
+    model.to("meta")
+    assert handle.shift_table(1).device.type == "meta", "tables move with the model"
+
+
+def test_set_space_changes_the_vectors_in_place(tiny_model, random_space, batch, batch_ids):
+    model = tiny_model("llama")
+    first, second = random_space(model), random_space(model, seed=1)
+    with attach(model, second, forward=1, backward=3, alpha=0.3), torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+    handle = attach(model, first, forward=1, backward=3, alpha=0.3)
+    table = handle.shift_table(1)
+    handle.set_space(second)
+    assert handle.space is second
+    assert handle.shift_table(1) is table
+    with torch.no_grad():
+        assert torch.equal(model(**batch, language_ids=batch_ids).logits, expected)
+    with pytest.raises(ValueError, match=r"space: got languages \('en', 'tr', 'de'\)"):
+        handle.set_space(random_space(model, languages=("en", "tr", "de")))
+    with pytest.raises(ValueError, match=r"pivot en"):
+        handle.set_space(replace(second, pivot="en"))
+    handle.detach()
+    with pytest.raises(ValueError, match=r"handle: it was detached"):
+        handle.set_space(first)
+
+
+def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_space, batch, batch_ids):
+    model = tiny_model("llama")
+    handle = attach(model, random_space(model), forward=1, backward=3)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        shifted = model(**batch, language_ids=batch_ids).logits
+        handle.reset_engagements()
+        with handle.suspended():
+            assert torch.equal(model(**batch, language_ids=batch_ids).logits, plain)
+            with handle.suspended():
+                pass
+            assert torch.equal(model(**batch, language_ids=batch_ids).logits, plain)
+        assert handle.engagements[3] == {"input_layernorm": 2, "post_attention_layernorm": 2}
+        assert torch.equal(model(**batch, language_ids=batch_ids).logits, shifted)
+
+
+@pytest.mark.parametrize("hooks_first", [True, False])
+def test_device_map_hooks_do_not_hide_the_operators(hooks_first, tiny_model, random_space, batch, batch_ids):
+    """accelerate's hooks keep the forward they wrap in the instance, out of reach of a class swap alone."""
+    model = tiny_model("llama")
+    space = random_space(model)
+    with attach(model, space, forward=1, backward=3), torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+    hook = {"device_map": {"": "cpu"}, "main_device": "cpu", "force_hooks": True}
+    if hooks_first:
+        dispatch_model(model, **hook)
+        before = _snapshot(model)
+        assert "_old_forward" in model.model.layers[0].__dict__
+    handle = attach(model, space, forward=1, backward=3)
+    if not hooks_first:
+        dispatch_model(model, **hook)
+    assert "language_ids" in inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        assert torch.equal(model(**batch, language_ids=batch_ids).logits, expected)
+    assert handle.bypassed == {}
+    assert all(count == 1 for sites in handle.engagements.values() for count in sites.values())
+    greedy = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
+    generated = model.generate(**batch, language_ids=batch_ids, **greedy)
+    assert torch.equal(generated[:, 9], expected[:, -1].argmax(-1))
+    handle.detach()
+    if hooks_first:
+        assert _snapshot(model) == before
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).logits, expected)
+    assert "language_ids" not in inspect.signature(model.forward).parameters
+
+
+def test_offloaded_norms_are_called_so_that_their_weights_are_loaded(
+    tiny_model, random_space, batch, batch_ids
+):
+    model = tiny_model("llama")
+    space = random_space(model)
+    with attach(model, space, forward=1, backward=3), torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].input_layernorm.weight.is_meta
+    handle = attach(model, space, forward=1, backward=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, language_ids=batch_ids).logits, expected)
+    assert "replaced on the instance" in handle.bypassed[0]["input_layernorm"]
+
+
+def test_a_replaced_forward_is_refused_not_ignored(tiny_model, random_space):
+    model = tiny_model("llama")
+    block = model.model.layers[2]
+    block.forward = lambda *args, **kwargs: args[0]
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match="the forward of a LlamaDecoderLayer was replaced"):
+        attach(model, random_space(model), forward=1, backward=3)
+    assert _snapshot(model) == before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_compiled_models_equal_eager_ones(architecture, tiny_model, random_space, batch, batch_ids):
+    model = tiny_model(architecture)
+    attach(model, random_space(model), forward=1, backward=3)
+    operators = []
+
+    def backend(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes if "add_shift" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for ids in (batch_ids, None, batch_ids.flip(0)):
+            kwargs = {} if ids is None else {"language_ids": ids}
+            expected = model(**batch, **kwargs).logits
+            torch.testing.assert_close(compiled(**batch, **kwargs).logits, expected, rtol=1e-5, atol=1e-5)
+    if architecture == "llama":
+        assert len(operators) >= 2 * 4, "the operators must be in the compiled graph"
+    torch._dynamo.reset()
+
+
+def test_language_ids_of_codes(tiny_model, random_space):
+    model = tiny_model("llama")
+    handle = attach(model, random_space(model), forward=1, backward=3)
+    ids = handle.language_ids(["sw", "de", "en", "sw"])
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [1, 2, 0, 1]
+    assert handle.language_ids("sw").tolist() == [1]
+    with pytest.raises(ValueError, match=r"'fr'.*en, sw, de"):
+        handle.language_ids(["en", "fr"])
+
+
+@every_architecture
+def test_bad_language_ids_are_refused(architecture, tiny_model, random_space, batch):
+    model = tiny_model(architecture)
+    attach(model, random_space(model), forward=1, backward=3)
+    with pytest.raises(TypeError, match=r"language_ids: got list"):
+        model(**batch, language_ids=[0, 1, 2, 0])
+    with pytest.raises(TypeError, match=r"language_ids: got dtype torch.float32"):
+        model(**batch, language_ids=torch.zeros(4))
+    with pytest.raises(TypeError, match=r"language_ids: got dtype torch.bool"):
+        model(**batch, language_ids=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"language_ids: got shape \(3,\).*\(4,\)"):
+        model(**batch, language_ids=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"language_ids: got shape \(4, 1\)"):
+        model(**batch, language_ids=torch.zeros(4, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"an id of 3, wanted 0 … 2"):
+        model(**batch, language_ids=torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match=r"an id of -2"):
+        model(**batch, language_ids=torch.tensor([0, 1, -2, 1]))
+    with torch.no_grad():  # a refused call leaves nothing behind
+        with model.shifcon.suspended():
+            expected = model(**batch).logits
+        assert torch.equal(model(**batch).logits, expected)
+        int32 = model(**batch, language_ids=torch.tensor([1, 2, 0, -1], dtype=torch.int32)).logits
+        assert torch.equal(int32, model(**batch, language_ids=torch.tensor([1, 2, 0, -1])).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forward": 3, "backward": 1}, r"forward, backward: got 3 and 1, wanted forward < backward"),
+        ({"forward": 2, "backward": 2}, r"forward, backward: got 2 and 2"),
+        ({"forward": -1, "backward": 2}, r"forward: got boundary -1, wanted 0 … 3"),
+        ({"forward": 1, "backward": 4}, r"backward: got boundary 4, wanted 0 … 3 \(the model has 4 blocks\)"),
+        ({"forward": 0, "backward": 2, "recipe": "official"}, r"forward: got boundary 0, wanted 1 … 3"),
+        ({"forward": 1, "backward": 2, "recipe": "fast"}, r"recipe: got 'fast'"),
+    ],
+)
+def test_bad_areas_are_refused(arguments, message, tiny_model, random_space):
+    model = tiny_model("llama")
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        attach(model, random_space(model), **arguments)
+    assert _snapshot(model) == before
+
+
+def test_boundaries_must_be_whole_numbers(tiny_model, random_space):
+    model = tiny_model("llama")
+    with pytest.raises(TypeError, match=r"forward: got 1.5"):
+        attach(model, random_space(model), forward=1.5, backward=3)
+
+
+def test_spaces_of_other_models_are_refused(tiny_model, random_space):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"space: got vectors of size 64, wanted .* 32"):
+        attach(model, random_space(tiny_model("llama", hidden=64)), forward=1, backward=2)
+    with pytest.raises(ValueError, match=r"space: got 3 boundaries, wanted 4"):
+        attach(model, random_space(tiny_model("llama", layers=3)), forward=1, backward=2)
+    foreign = replace(
+        random_space(model), card={"model": {"fingerprint": model_fingerprint(tiny_model("llama", seed=1))}}
+    )
+    with pytest.raises(ValueError, match=r"another model.*embedding.*check_fingerprint=False"):
+        attach(model, foreign, forward=1, backward=2)
+    attach(model, foreign, forward=1, backward=2, check_fingerprint=False).detach()
+    own = replace(foreign, card={"model": {"fingerprint": model_fingerprint(model)}})
+    attach(model, own, forward=1, backward=2).detach()
+    assert "shifcon" not in model.__dict__
+
+
+def test_attaching_twice_is_refused_through_any_wrapper(tiny_model, random_space):
+    model = tiny_model("llama")
+    space = random_space(model)
+    handle = attach(model, space, forward=1, backward=2)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for again in (model, model.model, wrapped):
+        with pytest.raises(ValueError, match=r"attached already.*detach"):
+            attach(again, space, forward=1, backward=3)
+    handle.detach()
+    attach(wrapped, space, forward=1, backward=3).detach()
+
+
+def test_no_table_reaches_a_state_dict_of_a_block(tiny_model, random_space):
+    model = tiny_model("llama")
+    attach(model, random_space(model), forward=1, backward=2)
+    block = locate_decoder(model).blocks[1]
+    assert SHIFT_TABLE in dict(block.named_buffers())
+    assert SHIFT_TABLE not in block.state_dict()
