@@ -151,7 +151,7 @@ def locate_decoder(model: nn.Module) -> Decoder:
         raise ValueError(
             f"{what} with {len(found)} decoders, wanted exactly one; pass the one that is meant."
         )
-    known = ", ".join(f"{row.model_type} ({row.block})" for row in _ROWS)
+    known = ", ".join(f"{row.model_type} ({row.block})" for row in ARCHITECTURES.values())
     raise ValueError(
         f"{what}, in which no known decoder was found. Known architectures, as implemented in transformers: "
         f"{known}. docs/architectures.md shows how to add one."
