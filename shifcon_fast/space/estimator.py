@@ -134,7 +134,7 @@ class SpaceEstimator:
 
         Args:
             language: its code.
-            positions: (n,) indices of the sentences in the language's list; even and odd ones are the halves.
+            positions: (n,) indices of the sentences in the language's list, which decide their halves.
             representations: (b, n, d) float32.
             square_norms: (b,) float32 or float64, Σ‖h‖² over the batch's content tokens.
             tokens: number of those content tokens.
@@ -202,21 +202,35 @@ class SpaceEstimator:
             self._bases[boundary, language] = subspace.basis.float()
             self._variances[boundary, language] = subspace.variances.float()
 
-        # Even and odd sentences rather than first and second half: texts drift, and a drift is not noise.
         halves = {
-            language: (fit(x[0::2]), fit(x[1::2])) for language, x in matrices.items() if x.shape[0] >= 4
+            language: tuple(fit(x[half]) for half in split_halves(x.shape[0]))
+            for language, x in matrices.items()
+            if x.shape[0] >= 4
         }
         for position, language in enumerate(self._languages):
             if language == self._pivot:
                 self._split_distances[boundary, position] = 0.0
             if language not in halves:
                 continue
-            even, odd = halves[language]
-            self._floors[boundary, position] = subspace_distance(even, odd, ridge)
+            first, second = halves[language]
+            self._floors[boundary, position] = subspace_distance(first, second, ridge)
             if language != self._pivot and self._pivot in halves:
-                pivot_even, pivot_odd = halves[self._pivot]
-                crossed = subspace_distance(even, pivot_odd, ridge), subspace_distance(odd, pivot_even, ridge)
+                pivot_first, pivot_second = halves[self._pivot]
+                crossed = (
+                    subspace_distance(first, pivot_second, ridge),
+                    subspace_distance(second, pivot_first, ridge),
+                )
                 self._split_distances[boundary, position] = sum(crossed) / 2
+
+
+def split_halves(n: int) -> tuple[Tensor, Tensor]:
+    """Positions of two disjoint halves of n sentences, (n+1)//2 and n//2 of them, the same in every run.
+
+    Drawn at random, once and for all: corpora drift from front to back, and templates repeat with a period.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    first, second = order[: (n + 1) // 2], order[(n + 1) // 2 :]
+    return first.sort().values, second.sort().values
 
 
 class _RangeSums:

@@ -129,7 +129,7 @@ class LanguageSpace:
         return subspace_distance(first, second, float(self.ridge[boundary]))
 
     def split_distance(self, boundary: int, language: str) -> float:
-        """Distance to the pivot between disjoint halves of the sentences: even of one against odd of the other.
+        """Distance to the pivot between disjoint halves of the sentences: one half of each language.
 
         Averaged over the two ways of pairing. It differs from the noise floor in nothing but the language, so a
         language whose ``split_distance`` is not above ``noise_floor`` cannot be told from the pivot by its shape.
@@ -138,7 +138,7 @@ class LanguageSpace:
         return float(self._measured("split_distances", boundary)[self.language_id(language)])
 
     def noise_floor(self, boundary: int, language: str | None = None) -> float:
-        """Distance between the even and the odd sentences of the same language; without one, the languages' mean.
+        """Distance between two random halves of one language's sentences; without one, the languages' mean.
 
         Halves hold n/2 sentences, and sampling noise shrinks with n, so for ``distance`` (n sentences) it is an
         upper bound of what noise alone gives. NaN with fewer than four sentences.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shifcon_fast.space.estimator import SpaceEstimator
+from shifcon_fast.space.estimator import SpaceEstimator, split_halves
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.subspace import common_ridge, principal_subspace, subspace_distance
 
@@ -94,22 +94,24 @@ def test_subspaces_distances_and_floors_are_those_of_the_whole_matrices() -> Non
     space = estimate(data, variance=0.8)
     for k in range(BOUNDARIES):
         whole = {language: principal_subspace(x[k], variance=0.8) for language, x in data.items()}
-        even = {language: principal_subspace(x[k, 0::2], variance=0.8) for language, x in data.items()}
-        odd = {language: principal_subspace(x[k, 1::2], variance=0.8) for language, x in data.items()}
+        first, second = (
+            {language: principal_subspace(x[k, half], variance=0.8) for language, x in data.items()}
+            for half in split_halves(N)
+        )
         ridge = common_ridge(whole.values())
         for language in data:
             found = space.subspace(k, language)
             torch.testing.assert_close(found.basis, whole[language].basis.float())
             torch.testing.assert_close(found.variances, whole[language].variances.float())
             torch.testing.assert_close(found.mean, whole[language].mean.float())
-            floor = subspace_distance(even[language], odd[language], ridge)
+            floor = subspace_distance(first[language], second[language], ridge)
             assert space.noise_floor(k, language) == pytest.approx(floor, rel=1e-6)
         distance = subspace_distance(whole["de"], whole["sw"], ridge)
         assert space.distance(k, "de", "sw") == pytest.approx(distance, rel=1e-5)
         assert space.distance(k, "sw", "de") == pytest.approx(distance, rel=1e-5)
         assert space.distance(k, "sw", "sw") == 0.0
-        split = subspace_distance(even["sw"], odd["en"], ridge) + subspace_distance(
-            odd["sw"], even["en"], ridge
+        split = subspace_distance(first["sw"], second["en"], ridge) + subspace_distance(
+            second["sw"], first["en"], ridge
         )
         assert space.split_distance(k, "sw") == pytest.approx(split / 2, rel=1e-6)
         assert space.split_distance(k, "en") == 0.0
@@ -206,6 +208,20 @@ def test_a_copy_of_the_pivot_stays_at_the_noise_floor_and_another_language_does_
     assert same < 0.9 * floor
     assert other_ > 2 * floor
     assert min(row[2] / row[0] for row in figures) > 2
+
+
+@pytest.mark.parametrize("n", [4, 5, 24, 101])
+def test_halves_are_disjoint_complete_and_neither_contiguous_nor_periodic(n: int) -> None:
+    first, second = split_halves(n)
+    assert (len(first), len(second)) == ((n + 1) // 2, n // 2)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(n))
+    assert all(torch.equal(a, b) for a, b in zip(split_halves(n), (first, second), strict=True))
+    if n > 100:  # templates that repeat and texts that drift reach both halves alike
+        for period in (2, 3, 4, 5):
+            for phase in range(period):
+                share = float((first % period == phase).sum()) / len(range(phase, n, period))
+                assert share == pytest.approx(0.5, abs=0.3)
+        assert float(first.double().mean()) == pytest.approx((n - 1) / 2, rel=0.2)
 
 
 def test_two_or_three_sentences_give_distances_but_no_floor() -> None:
