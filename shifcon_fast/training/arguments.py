@@ -1,0 +1,205 @@
+"""Arguments of a ShifCon training run: those of ``transformers.TrainingArguments``, and the method's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from shifcon_fast.objective.recipe import RECIPES
+
+# Arguments whose default is the recipe's, and the recipe's name for them where it differs.
+_FROM_RECIPE = {
+    "w_gen": "w_gen",
+    "w_mcl": "w_mcl",
+    "mcl_mode": "mcl_mode",
+    "temperature": "temperature",
+    "contrastive_batch_size": "contrastive_batch_size",
+    "mixed_languages": "mixed_languages",
+    "vectors": "vectors",
+    "running_sums": "running_sums",
+    "running_dtype_of_model": "running_dtype_of_model",
+    "max_length": "max_length",
+    "max_length_pivot": "max_length_pivot",
+    "max_length_other": "max_length_other",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_steps": "warmup",
+    "num_train_epochs": "num_train_epochs",
+    "per_device_train_batch_size": "per_device_train_batch_size",
+}
+_CHOICES = {
+    "recipe": tuple(RECIPES),
+    "mcl_mode": ("shifted", "pooled"),
+    "vectors": ("frozen", "ema", "refresh", "running"),
+    "too_long": ("truncate", "drop", "error"),
+}
+_AT_LEAST = {
+    "contrastive_batch_size": 2,
+    "refresh_every": 1,
+    "estimation_batch_size": 1,
+    "max_length": 2,
+    "max_length_pivot": 2,
+    "max_length_other": 2,
+}
+
+
+@dataclass
+class ShifConArguments(TrainingArguments):
+    """Arguments of :class:`ShifConTrainer`.
+
+    An argument left at None takes the recipe's number (see ``objective.recipe``); after construction none of those
+    is None any more. With ``shift=False`` and ``w_mcl=0`` the run is plain (Q)LoRA fine-tuning.
+
+    Raises:
+        ValueError: a value out of range; the message names the argument.
+    """
+
+    recipe: str = field(default="stable", metadata={"help": "stable, or official (the authors' numerics)."})
+    shift: bool = field(
+        default=True, metadata={"help": "Shift the generation pass by each row's language; generation too."}
+    )
+    forward: int | None = field(
+        default=None, metadata={"help": "Boundary of the shift toward the pivot. Default: recommended."}
+    )
+    backward: int | None = field(
+        default=None, metadata={"help": "Boundary of the shift back. Default: recommended."}
+    )
+    alpha: float = field(default=1.0, metadata={"help": "Length of the shift, in vector differences."})
+    pivot: str = field(default="en", metadata={"help": "The dominant language."})
+    w_gen: float | None = field(default=None, metadata={"help": "Weight of the generation loss."})
+    w_mcl: float | None = field(
+        default=None, metadata={"help": "Weight of the contrastive loss; 0 skips its pass."}
+    )
+    mcl_mode: str | None = field(
+        default=None,
+        metadata={"help": "shifted (contrast a shifted pass) or pooled (re-centre an unshifted one)."},
+    )
+    temperature: float | None = field(default=None, metadata={"help": "Temperature of the contrastive loss."})
+    contrastive_batch_size: int | None = field(
+        default=None, metadata={"help": "Translation pairs per process and micro-batch."}
+    )
+    mixed_languages: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of several languages in one contrastive batch. Default: only if mcl_mode is shifted."
+        },
+    )
+    vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "How language vectors follow the model: frozen, ema, refresh or running (the authors')."
+        },
+    )
+    ema_decay: float = field(default=0.99, metadata={"help": "Decay per optimizer step of vectors=ema."})
+    refresh_every: int = field(
+        default=100, metadata={"help": "Optimizer steps between estimates of vectors=refresh."}
+    )
+    running_sums: bool | None = field(
+        default=None,
+        metadata={"help": "vectors=running: shift by undivided sums in training, as the authors' code."},
+    )
+    running_dtype_of_model: bool | None = field(
+        default=None,
+        metadata={"help": "vectors=running: accumulate in the model's dtype, as the authors' code."},
+    )
+    final_estimation: bool = field(
+        default=True, metadata={"help": "Estimate the language space again on the trained model."}
+    )
+    estimation_sentences: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sentences per language for estimates in and after training. Default: as the space has."
+        },
+    )
+    estimation_batch_size: int = field(default=16, metadata={"help": "Batch size of those estimates."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of an instruction with its response; the model's context if shorter."},
+    )
+    max_length_pivot: int | None = field(default=None, metadata={"help": "Tokens kept of a pivot sentence."})
+    max_length_other: int | None = field(
+        default=None, metadata={"help": "Tokens kept of a sentence in another language."}
+    )
+    too_long: str = field(
+        default="truncate",
+        metadata={"help": "Instructions beyond max_length: truncate (at the end), drop, or error."},
+    )
+    use_chat_template: bool = field(
+        default=True, metadata={"help": "Use the tokenizer's chat template, if it has one."}
+    )
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str | None = field(default=None, metadata={"help": "Learning rate schedule."})
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Warm-up steps, or below 1 their share of all steps."}
+    )
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Passes over the instructions."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Instructions per process and micro-batch."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logged losses."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not used: a loss that is not finite ends the run."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser takes the second
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, none, ..."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Not used: batches hold what the trainer needs."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (value is None and name in _FROM_RECIPE):
+                raise ValueError(f"{name}: got {value!r}; wanted one of {', '.join(choices)}")
+        recipe = RECIPES[self.recipe]
+        mode_was_given = self.mcl_mode is not None
+        for name, source in _FROM_RECIPE.items():
+            if getattr(self, name) is None:
+                value = getattr(recipe, source)
+                if name == "mixed_languages" and mode_was_given:
+                    value = self.mcl_mode == "shifted"
+                setattr(self, name, value)
+        if recipe.area is not None and self.forward is None and self.backward is None:
+            self.forward, self.backward = recipe.area
+        self._check()
+        super().__post_init__()
+        self.dataloader_pin_memory = bool(self.dataloader_pin_memory) and torch.cuda.is_available()
+
+    def _check(self) -> None:
+        for name, least in _AT_LEAST.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}: got {value}; wanted {least} or more")
+        for name in ("w_gen", "w_mcl"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"{name}: got {value}; wanted 0 or more")
+        if self.w_gen == 0 and self.w_mcl == 0:
+            raise ValueError("w_gen, w_mcl: both are 0; wanted at least one loss to train on")
+        if not (math.isfinite(self.temperature or 0) and (self.temperature or 0) > 0):
+            raise ValueError(f"temperature: got {self.temperature}; wanted a positive number")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha: got {self.alpha}; wanted a number")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}; wanted 0 <= ema_decay < 1")
+        if (self.forward is None) != (self.backward is None):
+            raise ValueError(
+                f"forward, backward: got {self.forward} and {self.backward}; wanted both, or neither to have them "
+                "recommended"
+            )
+        if self.forward is not None and self.backward is not None and self.forward >= self.backward:
+            raise ValueError(
+                f"forward, backward: got {self.forward} and {self.backward}; wanted forward < backward"
+            )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The method's own arguments with their values, JSON-able, for the run folder."""
+        inherited = {each.name for each in fields(TrainingArguments)}
+        own = [each.name for each in fields(self) if each.name not in inherited or each.name in _FROM_RECIPE]
+        return {name: getattr(getattr(self, name), "value", getattr(self, name)) for name in own}
