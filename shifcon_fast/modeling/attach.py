@@ -16,7 +16,7 @@ from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
-from shifcon_fast.modeling.swap import block_class, decoder_class, outer_class, swap_class
+from shifcon_fast.modeling.swap import block_class, decoder_class, outer_class, restore_class, swap_class
 from shifcon_fast.space.language_space import LanguageSpace
 
 Recipe = Literal["stable", "official"]
@@ -112,7 +112,7 @@ class ShiftHandle:
         self.recipe = recipe
         self._decoder = decoder
         self._outer = _outermost_model(model, decoder.module)
-        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
         self._attachment = Attachment(
             num_languages=len(space.languages),
             pivot_id=space.language_id(space.pivot),
@@ -202,10 +202,20 @@ class ShiftHandle:
             counts.bypassed.clear()
 
     def detach(self) -> None:
-        """Put the model back exactly as it was before :func:`attach`. Once detached, does nothing."""
+        """Put the model back exactly as it was before :func:`attach`. Once detached, does nothing.
+
+        Raises:
+            ValueError: something has changed a swapped module's class since (FSDP2 does); nothing is undone.
+        """
+        for module, _, replacement in self._swapped:
+            if type(module) is not replacement:
+                raise ValueError(
+                    f"model: a {type(module).__name__} was given another class since it was attached, by "
+                    "FSDP2's fully_shard for instance; it can only be detached after that is undone."
+                )
         while self._swapped:
-            module, original = self._swapped.pop()
-            swap_class(module, original)
+            module, original, _ = self._swapped.pop()
+            restore_class(module, original)
         for block in self._decoder.blocks:
             block._buffers.pop(SHIFT_TABLE, None)
             block._non_persistent_buffers_set.discard(SHIFT_TABLE)
@@ -242,7 +252,8 @@ class ShiftHandle:
         self._outer.__dict__["shifcon"] = self
 
     def _swap(self, module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
-        self._swapped.append((module, swap_class(module, subclass(type(module)))))
+        replacement = subclass(type(module))
+        self._swapped.append((module, swap_class(module, replacement), replacement))
 
     def _tables(self, space: LanguageSpace) -> dict[int, Tensor]:
         """block → what is added at its input."""

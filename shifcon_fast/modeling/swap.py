@@ -30,29 +30,53 @@ Modules = type[nn.Module]
 def swap_class(module: nn.Module, replacement: Modules) -> Modules:
     """Give a module another class and return the one it had.
 
-    accelerate's ``device_map`` hooks keep the forward that they wrap in the instance, as a bound method of the old
-    class; it is bound again, or the swapped forward would never run.
-
     Raises:
-        ValueError: something else has replaced ``forward`` on the instance, which would bypass the new class.
+        ValueError: something has replaced ``forward`` on the instance, which would bypass the new class.
     """
     original = type(module)
-    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    kept = module.__dict__.get(key)
-    if kept is not None and not (isinstance(kept, MethodType) and kept.__func__ is original.forward):
+    key, kept = _kept_forward(module)
+    if kept is not None and not _is_bound_to(kept, original):
         raise ValueError(
             f"model: the forward of a {original.__name__} was replaced on the instance, which hides its class's "
             "forward. Attach before whatever replaces it (such as Accelerator.prepare)."
         )
     module.__class__ = replacement
     if kept is not None:
-        bound = MethodType(replacement.forward, module)
-        setattr(module, key, bound)
-        if key == "_old_forward":  # what inspect.signature sees of the hook is what it wraps
-            hook = module.__dict__["forward"]
-            hook.__dict__.pop("__signature__", None)
-            functools.update_wrapper(hook, bound)
+        _bind_kept_forward(module, key)
     return original
+
+
+def restore_class(module: nn.Module, original: Modules) -> None:
+    """Give a module its class back.
+
+    A forward that somebody has put on the instance in the meantime (mixed precision does) stays there; what it
+    wraps finds no attachment any more and calls the original.
+    """
+    key, kept = _kept_forward(module)
+    follows = kept is not None and _is_bound_to(kept, type(module))
+    module.__class__ = original
+    if follows:
+        _bind_kept_forward(module, key)
+
+
+def _kept_forward(module: nn.Module) -> tuple[str, Any]:
+    """A forward in the instance: accelerate's ``device_map`` hooks keep the one they wrap as a bound method."""
+    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    return key, module.__dict__.get(key)
+
+
+def _is_bound_to(kept: Any, cls: Any) -> bool:
+    return isinstance(kept, MethodType) and kept.__func__ is cls.forward
+
+
+def _bind_kept_forward(module: Any, key: str) -> None:
+    """Bind the class's present forward in the instance, or the swapped one would never run."""
+    bound = MethodType(type(module).forward, module)
+    setattr(module, key, bound)
+    if key == "_old_forward":  # what inspect.signature sees of the hook is what it wraps
+        hook = module.__dict__["forward"]
+        hook.__dict__.pop("__signature__", None)
+        functools.update_wrapper(hook, bound)
 
 
 @functools.cache
@@ -72,7 +96,7 @@ def block_class(original: Any) -> Modules:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # The decoder does not pass the ids on. Fetched here, outside of gradient checkpointing, they are an
         # argument of the checkpointed forward, and its recomputation gets the same ones.
-        kwargs.setdefault("language_ids", getattr(self, ATTACHMENT).current)
+        kwargs.setdefault("language_ids", self.__dict__[ATTACHMENT].current)
         return original.__call__(self, *args, **kwargs)
 
     methods: dict[str, Any] = {"forward": block_forward(original, row), "_apply": _apply}
@@ -87,7 +111,9 @@ def decoder_class(original: Any) -> Modules:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        attachment = getattr(self, ATTACHMENT)
+        attachment = self.__dict__.get(ATTACHMENT)
+        if attachment is None:  # detached, and called through a wrapper that was put on in between
+            return original.forward(self, *args, **kwargs)
         if language_ids is None:
             language_ids = attachment.pending
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -116,8 +142,8 @@ def outer_class(original: Any) -> Modules:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        attachment = getattr(self, ATTACHMENT)
-        if language_ids is None:
+        attachment = self.__dict__.get(ATTACHMENT)
+        if language_ids is None or attachment is None:
             return original.forward(self, *args, **kwargs)
         if attachment.forwards_kwargs:
             return original.forward(self, *args, language_ids=language_ids, **kwargs)

@@ -1,7 +1,5 @@
 """Attaching, detaching, copying, saving, refusing."""
 
-
-
 from __future__ import annotations
 
 import copy
@@ -10,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -225,6 +223,42 @@ def test_offloaded_norms_are_called_so_that_their_weights_are_loaded(
     with torch.no_grad():
         torch.testing.assert_close(model(**batch, language_ids=batch_ids).logits, expected)
     assert "replaced on the instance" in handle.bypassed[0]["input_layernorm"]
+
+
+def test_detach_after_accelerate_has_prepared_the_model_for_mixed_precision(
+    tiny_model, random_space, batch, batch_ids
+):
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        unshifted = model(**batch).logits.float()
+    handle = attach(model, random_space(model), forward=1, backward=3)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert "forward" in prepared.__dict__
+    with torch.no_grad():
+        shifted = prepared(**batch, language_ids=batch_ids).logits
+        assert shifted.dtype == torch.float32
+        assert (shifted - unshifted)[0].abs().max() > 0.1
+        greedy = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": 0}
+        generated = prepared.generate(**batch, language_ids=batch_ids, **greedy)
+        # generate numbers the positions of padded rows from their first token, which bfloat16 can tell
+        assert torch.equal(generated[:2, 9], shifted[:2, -1].argmax(-1))
+        handle.detach()
+        assert torch.equal(prepared(**batch).logits, unshifted)
+
+
+def test_detach_refuses_to_undo_another_change_of_class(tiny_model, random_space):
+    model = tiny_model("llama")
+    handle = attach(model, random_space(model), forward=1, backward=3)
+    block = model.model.layers[1]
+    ours = type(block)
+    block.__class__ = type("FSDPLlamaDecoderLayer", (ours,), {})
+    during = _snapshot(model)
+    with pytest.raises(ValueError, match="FSDPLlamaDecoderLayer was given another class"):
+        handle.detach()
+    assert _snapshot(model) == during
+    block.__class__ = ours
+    handle.detach()
+    assert type(block).__mro__[1] is ours.__mro__[2]
 
 
 def test_a_replaced_forward_is_refused_not_ignored(tiny_model, random_space):
