@@ -35,19 +35,24 @@ Outcomes = Mapping[Hashable, Mapping[Hashable, float]]
 def seeds_interval(outcomes: Outcomes, confidence: float = 0.95) -> Interval:
     """Share of right answers of a method over seeds and items, with an interval that accounts for both.
 
-    With one seed, or where nothing varies (all right, all wrong), this is the Wilson interval over the items.
+    With one seed, or where nothing varies (all right, all wrong), 0/1 outcomes get the Wilson interval over the items.
 
     Args:
-        outcomes: 0 or 1 for every item of every seed.
+        outcomes: between 0 and 1 for every item of every seed (a mean where an item is asked in several languages).
 
     Raises:
-        ValueError: no seed, a seed without items, or an outcome that is neither 0 nor 1.
+        ValueError: no seed, a seed without items, or an outcome outside of [0, 1].
     """
     rows, crossed = _rows(outcomes)
-    wilson = wilson_interval(rows[0] if crossed else np.concatenate(rows), confidence)
+    pooled = np.concatenate(rows)
+    if pooled.min() < 0 or pooled.max() > 1:
+        raise ValueError(
+            f"outcomes holds {pooled[(pooled < 0) | (pooled > 1)][0]}; wanted shares from 0 to 1"
+        )
     variance, freedom = _variance(rows, crossed)
     estimate = float(np.mean([row.mean() for row in rows]))
-    if len(rows) == 1 or variance == 0:
+    if (len(rows) == 1 or variance == 0) and np.isin(pooled, (0.0, 1.0)).all():
+        wilson = wilson_interval(rows[0] if crossed else pooled, confidence)
         return Interval(estimate, wilson.low, wilson.high)
     reach = _reach(variance, freedom, confidence)
     return Interval(estimate, max(estimate - reach, 0.0), min(estimate + reach, 1.0))

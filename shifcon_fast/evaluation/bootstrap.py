@@ -58,20 +58,39 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean of ``values`` (n,) with its percentile bootstrap interval; the same seed gives the same interval."""
     sample = _vector(values, "values")
+    return ratio_interval(sample, np.ones_like(sample), confidence=confidence, resamples=resamples, seed=seed)
+
+
+def ratio_interval(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Σ numerators / Σ denominators, (n,) each, with its percentile bootstrap interval over the n items.
+
+    What is averaged over tokens but drawn by sentences, such as a log perplexity.
+
+    Raises:
+        ValueError: different numbers of items, none, or a denominator that is not positive.
+    """
+    above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
+    if above.size != below.size:
+        raise ValueError(f"numerators has {above.size} items and denominators {below.size}; wanted as many")
+    if below.min() <= 0:
+        raise ValueError(f"denominators holds {below.min()}; wanted positive numbers")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; wanted a number between 0 and 1, such as 0.95")
     generator = np.random.default_rng(seed)
-    rows = max(1, _INDICES_AT_ONCE // sample.size)
-    means = np.concatenate(
-        [
-            sample[generator.integers(sample.size, size=(min(rows, resamples - done), sample.size))].mean(
-                axis=1
-            )
-            for done in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sample.mean()), float(low), float(high))
+    rows = max(1, _INDICES_AT_ONCE // above.size)
+    ratios = []
+    for done in range(0, resamples, rows):
+        drawn = generator.integers(above.size, size=(min(rows, resamples - done), above.size))
+        ratios.append(above[drawn].sum(axis=1) / below[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(above.sum() / below.sum()), float(low), float(high))
 
 
 def paired_interval(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from shifcon_fast.data.instructions import Turn
 from shifcon_fast.data.prompts import encode_prompt
@@ -80,6 +81,8 @@ def answer_questions(
         ValueError: a template without ``{question}``, or for another language only; a prompt that leaves no
             room in the model's context; two questions with the same row and language.
     """
+    if not questions:
+        return []
     _check_unique(questions)
     asked = dict.fromkeys(question.language for question in questions)
     identifier = AnswerLanguage([language for language in asked if language in known_languages()])
@@ -153,7 +156,7 @@ def _generate(
     if handle is not None:
         extra["language_ids"] = handle.language_ids(list(languages)).to(device)
     if stop_strings:
-        extra |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
+        extra["stopping_criteria"] = StoppingCriteriaList([_StopStrings(tokenizer, stop_strings, longest)])
     generated = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
@@ -172,6 +175,25 @@ def _generate(
         ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
         responses.append(text[: min(ends)].strip() if ends else text.strip())
     return responses
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row once its decoded answer holds a stop string.
+
+    transformers' own criterion works on the strings of single tokens, and fails on tokenizers whose tokens are
+    never parts of a word.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stop_strings, self.start = tokenizer, tuple(stop_strings), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        texts = [
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in input_ids[:, self.start :].tolist()
+        ]
+        ended = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _turns(question: Question, templates: Templates, few_shot: FewShot) -> list[Turn]:

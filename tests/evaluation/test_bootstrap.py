@@ -8,7 +8,13 @@ import pytest
 from scipy.stats import t as student_t
 
 from shifcon_fast.evaluation.across_seeds import paired_seeds_interval, seeds_interval
-from shifcon_fast.evaluation.bootstrap import Interval, bootstrap_interval, paired_interval, wilson_interval
+from shifcon_fast.evaluation.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    paired_interval,
+    ratio_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (1, 1), (41, 250), (125, 250)])
@@ -41,6 +47,16 @@ def test_the_bootstrap_of_many_items_is_normal() -> None:
     assert interval.estimate == outcomes.mean()
     assert interval.low == pytest.approx(outcomes.mean() - error, abs=0.05 * error)
     assert interval.high == pytest.approx(outcomes.mean() + error, abs=0.05 * error)
+
+
+def test_a_ratio_is_weighted_by_its_denominators() -> None:
+    """Three sentences, all 27 draws enumerated: Σ NLL / Σ tokens, not the mean of the sentences' ratios."""
+    nll, tokens = np.array([1.0, 6.0, 2.0]), np.array([1.0, 2.0, 4.0])
+    drawn = [list(indices) for indices in itertools.product(range(3), repeat=3)]
+    low, high = np.quantile([nll[d].sum() / tokens[d].sum() for d in drawn], [0.05, 0.95])
+    assert ratio_interval(nll, tokens, confidence=0.9, resamples=20_000) == Interval(9 / 7, low, high)
+    with pytest.raises(ValueError, match=r"denominators holds 0\.0"):
+        ratio_interval([1.0], [0.0])
 
 
 def test_a_seed_fixes_the_interval_and_another_moves_it() -> None:
@@ -121,6 +137,18 @@ def test_one_seed_is_an_interval_over_items() -> None:
     assert seeds_interval(
         {0: dict.fromkeys(range(20), 1.0), 1: dict.fromkeys(range(20), 1.0)}
     ) == wilson_interval([1] * 20)
+
+
+def test_shares_that_are_means_get_an_interval_over_their_items() -> None:
+    """One seed of averaged outcomes: Student's t over the items."""
+    values = [0.5, 1.0, 0.25, 0.75, 0.5]
+    interval = seeds_interval({0: dict(enumerate(values))})
+    reach = student_t.ppf(0.975, 4) * np.std(values, ddof=1) / math.sqrt(5)
+    assert interval.estimate == pytest.approx(0.6)
+    assert interval.low == pytest.approx(0.6 - reach)
+    assert interval.high == pytest.approx(0.6 + reach)
+    with pytest.raises(ValueError, match=r"holds 1\.5; wanted shares"):
+        seeds_interval({0: {1: 1.5}})
 
 
 def test_equal_methods_differ_by_nothing() -> None:

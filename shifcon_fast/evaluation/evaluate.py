@@ -1,0 +1,184 @@
+"""Measure a model on parallel text and on questions, in one call."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.questions import Question, read_questions
+from shifcon_fast.evaluation.perplexity import measure_perplexity
+from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions
+from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
+from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.modeling.attach import ShiftHandle
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("shifcon-fast", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    parallel: str | Path | Mapping[str, Sequence[str]] | None = None,
+    questions: str | Path | Sequence[Question] | None = None,
+    *,
+    handle: ShiftHandle | None = None,
+    pivot: str | None = None,
+    languages: Sequence[str] | None = None,
+    boundaries: Sequence[int] | None = None,
+    matrix_boundary: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    prompt_template: Templates = "{question}",
+    few_shot: FewShot | None = None,
+    stop_strings: Sequence[str] = (),
+    allow_missing: bool = False,
+    memory_gib: float = 2.0,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Retrieval, MEXA and perplexity on parallel text; exact match and answer language on questions.
+
+    An attached model is measured as it is used, shifted by each text's language; retrieval and perplexity
+    also without the shift, for the "before". The model is in eval mode meanwhile, and afterwards in the mode
+    it was in.
+
+    Args:
+        model: a causal language model of a known architecture, attached or not, 4-bit or not.
+        parallel: as for :func:`shifcon_fast.data.parallel.read_parallel`.
+        questions: as for :func:`shifcon_fast.data.questions.read_questions`.
+        handle: the model's attachment; None takes the one found on the model (``model.shifcon``), if any.
+        pivot: None takes that of the attachment's space, else ``"en"``.
+        languages: which to measure, the pivot always among them; None takes all of the data.
+        boundaries: where to measure retrieval and MEXA; None takes all.
+        matrix_boundary: where to measure retrieval between all pairs of languages; None takes the middle of
+            the shifted area, or of the decoder where nothing is attached.
+        prompt_template, few_shot, stop_strings: see
+        :func:`shifcon_fast.evaluation.questions.answer_questions`. allow_missing: drop rows of parallel text
+        in which a language is missing. memory_gib: memory for sentence representations, see
+        :func:`measure_retrieval`.
+
+    Raises:
+        ValueError: neither parallel text nor questions; data that cannot be read (``DataError``); a language
+            that the attachment's space does not know; a boundary out of range; a sentence or prompt longer
+            than the context.
+    """
+    if parallel is None and questions is None:
+        raise ValueError("parallel and questions are both None; wanted at least one to measure on")
+    handle = handle if handle is not None else getattr(model, "shifcon", None)
+    pivot = pivot or (handle.space.pivot if handle is not None else "en")
+    wanted = list(dict.fromkeys([pivot, *languages])) if languages is not None else None
+    text = (
+        read_parallel(parallel, languages=wanted, allow_missing=allow_missing) if parallel is not None else {}
+    )
+    asked = read_questions(questions, languages=languages) if questions is not None else []
+    if text:
+        check_parallel(text, pivot)
+    if handle is not None:
+        for language in dict.fromkeys([*text, *(question.language for question in asked)]):
+            handle.language_ids(language)  # an unknown language fails here, before hours of measuring
+
+    count = locate_decoder(model).num_boundaries
+    where = sorted(set(range(count) if boundaries is None else boundaries))
+    if matrix_boundary is None:
+        matrix_boundary = (handle.forward + handle.backward - 1) // 2 if handle is not None else count // 2
+    for boundary in (*where, matrix_boundary):
+        if not 0 <= boundary < count:
+            raise ValueError(f"boundaries: got {boundary}; the model has 0 … {count - 1}")
+
+    modes: dict[str, ShiftHandle | None] = {"unshifted": None}
+    if handle is not None:
+        modes["shifted"] = handle
+    common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    retrieval, perplexity = {}, {}
+    with _eval_mode(model):
+        for mode, attached in modes.items() if text else ():
+            log.info("retrieval and perplexity, %s", mode)
+            retrieval[mode] = measure_retrieval(
+                model,
+                tokenizer,
+                text,
+                pivot=pivot,
+                boundaries=where,
+                matrix_boundary=matrix_boundary,
+                handle=attached,
+                memory_gib=memory_gib,
+                **common,
+            )
+            perplexity[mode] = {
+                code: measure_perplexity(model, tokenizer, texts, language=code, handle=attached, **common)
+                for code, texts in text.items()
+            }
+        outcomes = answer_questions(
+            model,
+            tokenizer,
+            asked,
+            handle=handle,
+            max_new_tokens=max_new_tokens,
+            prompt_template=prompt_template,
+            few_shot=few_shot,
+            stop_strings=stop_strings,
+            **common,
+        )
+    return EvaluationResult(
+        model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+        pivot=pivot,
+        area=None
+        if handle is None
+        else {
+            "forward": handle.forward,
+            "backward": handle.backward,
+            "alpha": handle.alpha,
+            "recipe": handle.recipe,
+        },
+        retrieval=retrieval,
+        perplexity=perplexity,
+        outcomes=outcomes,
+        settings={
+            "parallel": _source(parallel),
+            "questions": _source(questions),
+            "sentences": len(text[pivot]) if text else 0,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "prompt_template": prompt_template if isinstance(prompt_template, str) else dict(prompt_template),
+            "few_shot": {code: len(examples) for code, examples in (few_shot or {}).items()},
+            "stop_strings": list(stop_strings),
+            "decoding": "greedy",
+        },
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _source(source: object) -> str | None:
+    """What to call the data in the settings: its path or id, where it has one."""
+    return None if source is None else str(source) if isinstance(source, (str, Path)) else "given in memory"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

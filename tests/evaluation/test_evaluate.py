@@ -1,0 +1,131 @@
+"""The whole evaluation of a tiny model, its file, and the comparison of two results."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from shifcon_fast.data.questions import Question
+from shifcon_fast.evaluation.bootstrap import paired_interval, wilson_interval
+from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.perplexity import measure_perplexity
+from shifcon_fast.evaluation.questions import Outcome
+from shifcon_fast.evaluation.result import EvaluationResult, compare
+
+QUESTIONS = [
+    Question(0, "en", "Ada lives in ?", "Rome"),
+    Question(0, "sw", "Ada anaishi ?", "Roma"),
+    Question(1, "en", "Ben has ?", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, word_tokenizer, parallel_text) -> EvaluationResult:
+    return evaluate(tiny_model(), word_tokenizer, parallel_text, QUESTIONS, max_new_tokens=4, progress=False)
+
+
+def test_a_plain_model_is_measured_unshifted(plain, tiny_model, word_tokenizer, parallel_text) -> None:
+    assert plain.area is None
+    assert plain.pivot == "en"
+    assert list(plain.retrieval) == list(plain.perplexity) == ["unshifted"]
+    assert plain.retrieval["unshifted"].boundaries == [0, 1, 2, 3]
+    assert plain.retrieval["unshifted"].matrix_boundary == 2
+    wanted = measure_perplexity(tiny_model(), word_tokenizer, parallel_text["tr"], language="tr")
+    assert plain.perplexity["unshifted"]["tr"] == wanted
+    assert [(o.row, o.language) for o in plain.outcomes] == [(0, "en"), (0, "sw"), (1, "en")]
+    assert plain.settings["max_new_tokens"] == 4
+
+
+def test_an_attached_model_is_measured_both_ways(attached, plain, word_tokenizer, parallel_text) -> None:
+    attached.model.train()
+    found = evaluate(
+        attached.model,
+        word_tokenizer,
+        parallel_text,
+        QUESTIONS,
+        languages=["sw"],
+        boundaries=[2],
+        max_new_tokens=4,
+        progress=False,
+    )
+    assert attached.model.training  # as it was before
+    assert found.area == {"forward": 1, "backward": 3, "alpha": 1.0, "recipe": "stable"}
+    assert list(found.retrieval) == ["unshifted", "shifted"]
+    assert found.retrieval["shifted"].languages == ["en", "sw"]
+    assert found.retrieval["shifted"].matrix_boundary == 1
+    before, after = found.retrieval["unshifted"].scores["sw"], found.retrieval["shifted"].scores["sw"]
+    reference = plain.retrieval["unshifted"].scores["sw"]
+    assert before.mexa == [reference.mexa[2]]
+    assert after.to_pivot != before.to_pivot or after.mexa != before.mexa
+    plain_sw, shifted_sw = (found.perplexity[mode]["sw"].value for mode in ("unshifted", "shifted"))
+    assert plain_sw == pytest.approx(plain.perplexity["unshifted"]["sw"].value, rel=1e-5)
+    assert abs(math.log(shifted_sw / plain_sw)) > 1e-3
+    assert [o.language for o in found.outcomes] == ["sw"]
+
+
+def test_a_result_survives_its_file(plain, tmp_path) -> None:
+    path = plain.save(tmp_path / "new")
+    assert path == tmp_path / "new" / "evaluation.json"
+    assert EvaluationResult.load(path) == plain
+    assert EvaluationResult.load(tmp_path / "new") == plain
+    text = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert text["summary"]["perplexity"]["unshifted"]["de"] == plain.perplexity["unshifted"]["de"].value
+    with pytest.raises(ValueError, match="kind is None"):
+        EvaluationResult.from_json({}, "x.json")
+    with pytest.raises(ValueError, match=r"not a complete evaluation \('model'\)"):
+        EvaluationResult.from_json({"kind": "evaluation", "format_version": 1})
+    with pytest.raises(ValueError, match="no such file"):
+        EvaluationResult.load(tmp_path / "nowhere.json")
+
+
+def result(name: str, right: dict[str, list[int]], in_language: bool | None = None) -> EvaluationResult:
+    outcomes = [
+        Outcome(row, code, "?", "!", "42", "42", bool(correct), in_language)
+        for code, values in right.items()
+        for row, correct in enumerate(values)
+    ]
+    return EvaluationResult(model=name, pivot="en", area=None, outcomes=outcomes)
+
+
+def test_accuracy_by_language() -> None:
+    found = result("a", {"en": [1, 1, 1, 0], "sw": [0, 0]}, in_language=True)
+    assert found.accuracy() == {"en": wilson_interval([1, 1, 1, 0]), "sw": wilson_interval([0, 0])}
+    assert found.answer_language()["sw"] == wilson_interval([1, 1])
+    assert result("a", {"en": [1]}).answer_language() == {"en": None}
+
+
+def test_two_results_are_paired_by_row_and_language() -> None:
+    first, second = [1, 1, 0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 1, 0, 0, 1]
+    ours = result("ours", {"sw": first, "en": [1, 1, 1]})
+    theirs = result("theirs", {"de": [0], "sw": second})
+    shuffled = replace(theirs, outcomes=theirs.outcomes[::-1])
+    found = compare(ours, shuffled, resamples=500)
+    assert (found.model, found.against) == ("ours", "theirs")
+    assert found.accuracy == {"sw": paired_interval(first, second, resamples=500)}
+    assert found.log_perplexity == {}
+
+
+def test_perplexities_are_compared_as_each_model_is_used(
+    plain, attached, word_tokenizer, parallel_text
+) -> None:
+    shifted = evaluate(attached.model, word_tokenizer, parallel_text, progress=False, boundaries=[1])
+    found = compare(shifted, plain, resamples=300).log_perplexity
+    ratio = shifted.perplexity["shifted"]["sw"].value / plain.perplexity["unshifted"]["sw"].value
+    assert found["sw"].estimate == pytest.approx(math.log(ratio))
+    assert found["sw"].low < found["sw"].estimate < found["sw"].high
+    assert found["en"].estimate == pytest.approx(0, abs=1e-6)
+
+
+def test_bad_input_is_named(attached, plain, tiny_model, word_tokenizer, parallel_text) -> None:
+    with pytest.raises(ValueError, match="parallel and questions are both None"):
+        evaluate(tiny_model(), word_tokenizer)
+    with pytest.raises(ValueError, match="boundaries: got 4; the model has 0 … 3"):
+        evaluate(tiny_model(), word_tokenizer, parallel_text, boundaries=[4], progress=False)
+    with pytest.raises(ValueError, match="fr"):
+        texts = {"en": ["Rome", "Ada"], "fr": ["Rome", "Ada"]}
+        evaluate(attached.model, word_tokenizer, texts, progress=False)
+    with pytest.raises(ValueError, match="different questions in 'en'"):
+        compare(result("a", {"en": [1]}), result("b", {"en": [1, 0]}))
+    with pytest.raises(ValueError, match="no question and no sentence in common"):
+        compare(result("a", {"en": [1]}), result("b", {"de": [1]}))
