@@ -114,7 +114,7 @@ def _parse(arguments: list[str]) -> tuple[RunConfig, ShifConArguments]:
 
     parser = Parser((RunConfig, ShifConArguments), allow_abbrev=False)
     run, training = parser.parse_args_into_dataclasses(arguments)
-    if training.output_dir is None:
+    if "--output_dir" not in arguments:  # transformers would choose a folder by itself
         raise ValueError("output: not given; wanted the folder to write the run to (--output DIR)")
     return run, training
 
