@@ -4,7 +4,7 @@
 * ``ema``: v(l) ← decay · v(l) + (1 - decay) · m(l) after every optimizer step, m(l) the mean of the step's
   contrastive sentences of language l, over all processes; a language without any keeps its vector.
 * ``refresh``: replaced every N steps by a fresh estimate (the trainer makes it and calls :meth:`set_means`).
-* ``running``: the authors' way: the mean, over all batches so far, of the batches' means of *unit* representations.
+* ``running``: the authors' way: the mean, over all steps so far, of the steps' means.
 
 Only the two boundaries where shifts happen, f and b, are tracked. Sentences are represented by an unshifted pass.
 """
@@ -32,6 +32,7 @@ class LanguageVectors:
         boundaries: (f, b).
         mode: see the module.
         decay: of ``ema``, in [0, 1).
+        unit: make representations unit length first, as the official recipe does.
         running_sums, dtype: of ``running``, see ``Recipe``; state is ``dtype``, float64 unless the recipe's
             ``running_dtype_of_model`` asks for the model's.
 
@@ -46,6 +47,7 @@ class LanguageVectors:
         mode: VectorMode = "frozen",
         *,
         decay: float = 0.99,
+        unit: bool = False,
         running_sums: bool = False,
         dtype: torch.dtype = torch.float64,
     ) -> None:
@@ -57,6 +59,7 @@ class LanguageVectors:
         self._space = space
         self._boundaries = list(boundaries)
         self._decay = decay
+        self._unit = unit
         self._running_sums = running_sums
         start = space.mean[self._boundaries]
         self._vectors = start.to(dtype if mode == "running" else torch.float64)
@@ -79,7 +82,7 @@ class LanguageVectors:
         if not self.follows_batches:
             return
         rows = representations.detach().to(device="cpu", dtype=torch.float64)
-        if self.mode == "running":
+        if self._unit:
             rows = functional.normalize(rows, dim=-1)
         index = language_ids.to("cpu")
         self._sums.index_add_(1, index, rows)

@@ -171,7 +171,8 @@ class ShifConArguments(TrainingArguments):
             self.forward, self.backward = recipe.area
         self._check()
         super().__post_init__()
-        self.dataloader_pin_memory = bool(self.dataloader_pin_memory) and torch.cuda.is_available()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
 
     def _check(self) -> None:
         for name, least in _AT_LEAST.items():

@@ -72,7 +72,7 @@ def official_means(batches: list[torch.Tensor]) -> torch.Tensor:
 
 
 def test_running_is_the_mean_of_batch_means_of_unit_vectors(space: LanguageSpace) -> None:
-    vectors = LanguageVectors(space, AREA, "running")
+    vectors = LanguageVectors(space, AREA, "running", unit=True)
     batches = [sentences(seed) for seed in range(3)]
     for batch in batches:
         vectors.add(batch, torch.tensor([1, 1, 1, 1]))
@@ -85,7 +85,7 @@ def test_running_is_the_mean_of_batch_means_of_unit_vectors(space: LanguageSpace
 
 
 def test_running_sums_grow_in_training_and_are_divided_in_evaluation(space: LanguageSpace) -> None:
-    vectors = LanguageVectors(space, AREA, "running", running_sums=True)
+    vectors = LanguageVectors(space, AREA, "running", unit=True, running_sums=True)
     batches = [sentences(seed) for seed in range(5)]
     for batch in batches:
         vectors.add(batch, torch.tensor([1, 1, 1, 1]))
@@ -105,7 +105,7 @@ def test_bfloat16_sums_stagnate_and_float64_do_not(space: LanguageSpace) -> None
     batch[..., 0] = 1
     norms = {}
     for dtype in (torch.bfloat16, torch.float64):
-        vectors = LanguageVectors(space, AREA, "running", running_sums=True, dtype=dtype)
+        vectors = LanguageVectors(space, AREA, "running", unit=True, running_sums=True, dtype=dtype)
         for _ in range(300):
             vectors.add(batch, torch.tensor([1]))
             vectors.step()

@@ -1,0 +1,124 @@
+"""Batches of translation pairs, each a pure function of (seed, step, micro-batch, rank): resume needs no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from shifcon_fast.data.errors import DataError
+from shifcon_fast.modeling.boundaries import content_mask
+from shifcon_fast.objective.mcl import ContrastiveBatch
+from shifcon_fast.training.instruction_data import pad_right, padding_id
+
+
+class ContrastiveSampler:
+    """Draws batches of N pairs (pivot sentence, its translation), no text twice among the pairs of a batch.
+
+    Rows are drawn without replacement within a batch and independently between batches.
+
+    Args:
+        parallel: sentences aligned by position, as ``read_parallel`` gives them.
+        pivot: its code.
+        tokenizer: the model's.
+        language_id: the id of a language code.
+        batch_size: N.
+        mixed_languages: draw a language for each pair; otherwise one for the whole batch.
+        max_length_pivot, max_length_other: tokens kept of a sentence, special tokens included.
+        pool_all_tokens: represent a sentence by all its tokens (official), not by its content tokens.
+        seed: of the draws.
+
+    Raises:
+        DataError: a pivot that is not in the data, no other language, fewer distinct sentences than N.
+    """
+
+    def __init__(
+        self,
+        parallel: Mapping[str, Sequence[str]],
+        pivot: str,
+        tokenizer: Any,
+        language_id: Callable[[str], int],
+        *,
+        batch_size: int,
+        mixed_languages: bool = True,
+        max_length_pivot: int = 256,
+        max_length_other: int = 256,
+        pool_all_tokens: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if pivot not in parallel:
+            raise DataError(f"parallel: has {', '.join(parallel)}; wanted the pivot {pivot!r} too")
+        self._others = [language for language in parallel if language != pivot]
+        if not self._others:
+            raise DataError(f"parallel: has only the pivot {pivot!r}; wanted at least one other language")
+        for language, sentences in parallel.items():
+            if (distinct := len(set(sentences))) < batch_size:
+                raise DataError(
+                    f"parallel: {language!r} has {distinct} distinct sentences; wanted at least "
+                    f"contrastive_batch_size = {batch_size}, or they would be their own negatives"
+                )
+        self._parallel = parallel
+        self._pivot = pivot
+        self._tokenizer = tokenizer
+        self._ids = {language: language_id(language) for language in parallel}
+        self._batch_size = batch_size
+        self._mixed = mixed_languages
+        self._max_length = (max_length_pivot, max_length_other)
+        self._pool_all = pool_all_tokens
+        self._seed = seed
+
+    def pairs(self, step: int, micro_batch: int = 0, rank: int = 0) -> list[tuple[int, str]]:
+        """(row, language) of each pair of a batch."""
+        random = np.random.default_rng((self._seed, step, micro_batch, rank))
+        drawn = random.integers(len(self._others), size=self._batch_size if self._mixed else 1)
+        languages = [self._others[int(index)] for index in drawn] * (1 if self._mixed else self._batch_size)
+        pairs: list[tuple[int, str]] = []
+        seen: set[str] = set()
+        for row in random.permutation(len(self._parallel[self._pivot])):
+            language = languages[len(pairs)]
+            texts = {self._parallel[self._pivot][row], self._parallel[language][row]}
+            if seen.isdisjoint(texts):
+                seen |= texts
+                pairs.append((int(row), language))
+                if len(pairs) == self._batch_size:
+                    return pairs
+        raise DataError(
+            f"parallel: only {len(pairs)} rows whose sentences all differ; wanted contrastive_batch_size = "
+            f"{self._batch_size}"
+        )
+
+    def batch(self, step: int, micro_batch: int = 0, rank: int = 0) -> ContrastiveBatch:
+        """The batch of an optimizer step, a micro-batch in it, and a process.
+
+        Raises:
+            DataError: a sentence of which no content token is left.
+        """
+        pairs = self.pairs(step, micro_batch, rank)
+        rows = self._encode([(row, self._pivot) for row, _ in pairs], self._max_length[0])
+        rows += self._encode(pairs, self._max_length[1])
+        input_ids = pad_right(rows, padding_id(self._tokenizer))
+        attention_mask = pad_right([[1] * len(row) for row in rows], 0)
+        pool_mask = attention_mask.bool()
+        if not self._pool_all:
+            pool_mask = content_mask(input_ids, attention_mask, self._tokenizer.all_special_ids)
+        sentences = [(row, self._pivot) for row, _ in pairs] + pairs
+        for (row, language), has_content in zip(sentences, pool_mask.any(dim=1).tolist(), strict=True):
+            if not has_content:
+                raise DataError(
+                    f"parallel: sentence {row} (from 0) of {language!r} has no token but special ones: "
+                    f"{self._parallel[language][row][:40]!r}"
+                )
+        languages = [self._ids[self._pivot]] * len(pairs) + [self._ids[language] for _, language in pairs]
+        return ContrastiveBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pool_mask=pool_mask,
+            language_ids=torch.tensor(languages),
+        )
+
+    def _encode(self, sentences: Sequence[tuple[int, str]], max_length: int) -> list[list[int]]:
+        texts = [self._parallel[language][row] for row, language in sentences]
+        encoded = self._tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        return [list(ids) for ids in encoded]

@@ -1,0 +1,222 @@
+"""A run folder: PEFT adapter, language space, area, tokenizer and losses in one place (docs/formats.md)."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import shifcon_fast
+from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.space import files as space_files
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.storage import read_json, settle, sha256_file, staged_update, write_json
+from shifcon_fast.training.checkpoints import list_checkpoints
+from shifcon_fast.training.quantization import load_quantized
+
+CARD = "shifcon.json"
+LOG = "training_log.json"
+FORMAT = "shifcon_fast.run"
+FORMAT_VERSION = 1
+_LOGGED = ("step", "epoch", "loss", "loss_generation", "loss_contrastive", "learning_rate", "grad_norm")
+
+
+@dataclass
+class RunState:
+    """What a run folder is made of, besides the model.
+
+    Attributes:
+        handle: the attachment, which holds the language space and the area; None for a plain run without a space.
+        shift: whether the model was trained to generate shifted.
+        tokenizer: saved beside the adapter; None saves none.
+        settings: the method's arguments, for the record.
+        log: ``trainer.state.log_history``.
+        space: saved instead of the handle's, where they differ.
+    """
+
+    handle: ShiftHandle | None = None
+    shift: bool = True
+    tokenizer: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()
+    space: LanguageSpace | None = None
+
+
+def save_run(folder: str | Path, model: Any, state: RunState) -> None:
+    """Write a run folder, all or nothing: a kill at any moment leaves what was there before.
+
+    Args:
+        folder: made if it does not exist; its other files stay.
+        model: a PEFT model, attached or not.
+        state: the rest.
+
+    Raises:
+        TypeError: not a PEFT model. OSError: the disk is full; the folder is then as it was.
+    """
+    with staged_update(folder) as staging:
+        write_run_files(staging, model, state)
+
+
+def write_run_files(folder: Path, model: Any, state: RunState) -> None:
+    """Write a run's files into a folder that nobody reads yet."""
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}; wanted a PEFT model, as load_quantized(..., lora=LoraConfig(...)) "
+            "returns it: a run folder holds an adapter"
+        )
+    config = model.active_peft_config
+    targets = {*(config.target_modules or ()), *(getattr(config, "modules_to_save", None) or ())}
+    # "auto" asks the hub whether the vocabulary was resized, which nothing here does.
+    embeddings = any(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in targets)
+    model.save_pretrained(str(folder), save_embedding_layers="auto" if embeddings else False)
+    if state.tokenizer is not None:
+        state.tokenizer.save_pretrained(str(folder))
+    space = state.space or (state.handle.space if state.handle else None)
+    if space is not None:
+        space.save(folder)
+    write_json(folder / LOG, _training_log(state.log))
+    write_json(folder / CARD, _card(folder, model, state, space))
+
+
+def load(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    quantization: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a run folder or one of its checkpoints: base model, adapter, language space, area; ready to generate.
+
+    Args:
+        folder: what ``ShifConTrainer``, ``save_run`` or ``shifcon train`` wrote.
+        base: the base model, if it is no longer where it was; a Hugging Face id or folder.
+        quantization: "nf4" or "none"; None loads it as it was trained.
+        dtype, device_map, trust_remote_code: as for :func:`load_quantized`; dtype None is the trained one.
+
+    Returns:
+        A frozen ``PeftModel`` in eval mode. If the run has a language space, it is attached: ``model.shifcon`` is
+        the handle, ``model.shifcon.language_ids(["sw"])`` makes ids for ``model.generate(..., language_ids=...)``.
+        A run that was trained with ``shift=False`` is attached with alpha = 0: it takes ids and does not shift.
+
+    Raises:
+        ValueError: not a run folder, files that do not belong together, a base model that is missing or wrong.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    source = base or card["base_model"]
+    try:
+        model = load_quantized(
+            source,
+            quantization=quantization or card["quantization"],  # type: ignore[arg-type]
+            dtype=dtype or getattr(torch, card["dtype"]),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: its base model {str(source)!r} cannot be loaded; pass base= if it is elsewhere: {error}"
+        ) from error
+    try:
+        model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (RuntimeError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{folder}: its adapter does not fit the base model {str(source)!r}: {error}"
+        ) from error
+    if card["area"] is not None:
+        attach(
+            model,
+            _read_space(folder, card),
+            forward=card["area"]["forward"],
+            backward=card["area"]["backward"],
+            alpha=card["alpha"] if card["shift"] else 0.0,
+            recipe=card["recipe"],
+        )
+    return model
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The checked content of a run folder's ``shifcon.json``.
+
+    Raises:
+        ValueError: not a run folder, or one of a newer version; the message says what the folder is instead.
+    """
+    folder = Path(folder)
+    settle(folder)
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder}: {_what_it_is(folder)}; wanted a run folder with {CARD}")
+    card = read_json(folder / CARD, "the card of a run, as ShifConTrainer writes it")
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{folder / CARD}: format is {card.get('format')!r}; wanted {FORMAT!r}")
+    if card.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CARD}: format_version is {card.get('format_version')!r}; this release reads "
+            f"{FORMAT_VERSION}"
+        )
+    wanted = ("base_model", "quantization", "dtype", "area", "alpha", "recipe", "shift", "space_sha256")
+    if missing := [name for name in wanted if name not in card]:
+        raise ValueError(f"{folder / CARD}: lacks {', '.join(missing)}; it is damaged")
+    return card
+
+
+def _what_it_is(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    if checkpoints := list_checkpoints(folder):
+        return f"the training there did not finish; its last checkpoint is {checkpoints[-1]}"
+    if (folder / "adapter_config.json").is_file():
+        return "a PEFT adapter that was not trained here (PeftModel.from_pretrained loads it)"
+    if (folder / space_files.CARD).is_file():
+        return "a language space (LanguageSpace.load reads it)"
+    return "not ours"
+
+
+def _read_space(folder: Path, card: Mapping[str, Any]) -> LanguageSpace:
+    space = LanguageSpace.load(folder)
+    if sha256_file(folder / space_files.TENSORS) != card["space_sha256"]:
+        raise ValueError(
+            f"{folder}: its language space is not the one of {CARD}; copy the whole folder again"
+        )
+    return space
+
+
+def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None) -> dict[str, Any]:
+    handle = state.handle
+    base = model.get_base_model()
+    source = str(
+        getattr(base.config, "_name_or_path", "") or model.active_peft_config.base_model_name_or_path
+    )
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
+        "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
+        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "area": {"forward": handle.forward, "backward": handle.backward} if handle else None,
+        "alpha": handle.alpha if handle else 1.0,
+        "recipe": handle.recipe if handle else "stable",
+        "shift": state.shift and handle is not None,
+        "pivot": space.pivot if space else None,
+        "languages": list(space.languages) if space else [],
+        "space_sha256": sha256_file(folder / space_files.TENSORS) if space else None,
+        "training": dict(state.settings),
+        "versions": {
+            "shifcon_fast": shifcon_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _training_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    steps = [{name: row[name] for name in _LOGGED if name in row} for row in history if "loss" in row]
+    return {"steps": steps, "evaluations": [dict(row) for row in history if "eval_loss" in row]}

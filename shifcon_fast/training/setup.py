@@ -1,0 +1,74 @@
+"""What a training run sets up before its first step: the attachment, the vectors, the length limits."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.objective.vectors import LanguageVectors
+from shifcon_fast.space.area import recommend_area
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.training.arguments import ShifConArguments
+
+logger = logging.getLogger(__name__)
+
+
+def attach_for_training(
+    model: Any, args: ShifConArguments, space: LanguageSpace | None
+) -> ShiftHandle | None:
+    """The model's attachment, made if need be; None for a plain run without a language space.
+
+    Raises:
+        ValueError: a space is needed and there is none; the space or the area contradicts the arguments.
+    """
+    handle: ShiftHandle | None = getattr(model, "shifcon", None)
+    if handle is None and space is None:
+        if args.shift or args.w_mcl:
+            raise ValueError(
+                "space: none given; wanted what estimate_space(model, ...) returns (only a run with shift=False "
+                "and w_mcl=0 needs none)"
+            )
+        return None
+    space = space or handle.space  # type: ignore[union-attr]
+    if space.pivot != args.pivot:
+        raise ValueError(f"pivot: got {args.pivot!r}; the space was estimated with {space.pivot!r}")
+    if handle is not None:
+        area = (args.forward, args.backward)
+        if area not in ((None, None), (handle.forward, handle.backward)) or handle.recipe != args.recipe:
+            raise ValueError(
+                f"model: it is attached at [{handle.forward}, {handle.backward}) with recipe {handle.recipe!r}, "
+                f"the arguments say {area} and {args.recipe!r}; detach it or leave the area out"
+            )
+        handle.set_space(space)
+        return handle
+    forward, backward = args.forward, args.backward
+    if forward is None or backward is None:
+        area_found = recommend_area(space)
+        forward, backward = area_found.forward, area_found.backward
+        logger.info("%s", area_found.reason)
+    return attach(model, space, forward, backward, args.alpha, recipe=args.recipe)  # type: ignore[arg-type]
+
+
+def track_vectors(args: ShifConArguments, handle: ShiftHandle | None, model: Any) -> LanguageVectors | None:
+    """The vectors at f and b, as ``args.vectors`` has them follow training."""
+    if handle is None:
+        return None
+    dtype = model.get_input_embeddings().weight.dtype if args.running_dtype_of_model else torch.float64
+    return LanguageVectors(
+        handle.space,
+        (handle.forward, handle.backward),
+        args.vectors,  # type: ignore[arg-type]
+        decay=args.ema_decay,
+        unit=args.recipe == "official",
+        running_sums=bool(args.running_sums),
+        dtype=dtype,
+    )
+
+
+def within_context(length: int | None, model: Any) -> int:
+    """A number of tokens, or the model's context if that is shorter (or nothing is said)."""
+    limits = [limit for limit in (length, getattr(model.config, "max_position_embeddings", None)) if limit]
+    return min(limits)

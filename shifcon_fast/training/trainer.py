@@ -1,0 +1,426 @@
+"""``ShifConTrainer``: a ``transformers.Trainer`` for w_gen · L_gen + w_mcl · L_mcl."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from shifcon_fast.data.instructions import Instruction, read_instructions
+from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.training import checkpoints
+from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.estimation import estimate_again
+from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
+from shifcon_fast.training.interruption import InterruptOnce
+from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_finite
+from shifcon_fast.training.quantization import keep_4bit_trainable
+from shifcon_fast.training.run_folder import CARD, RunState, read_card, save_run, write_run_files
+from shifcon_fast.training.setup import attach_for_training, track_vectors, within_context
+
+logger = logging.getLogger(__name__)
+
+VECTORS = "language_vectors.safetensors"
+Instructions = str | Path | Sequence[Instruction] | Dataset[Any]
+
+
+class ShifConTrainer(Trainer):
+    """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
+
+    What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
+
+    Args:
+        model: a PEFT model, as ``load_quantized(..., lora=LoraConfig(...))`` returns it; attached already or not.
+        args: see :class:`ShifConArguments`.
+        processing_class: the model's tokenizer. It is used as it is and never changed.
+        train_dataset, eval_dataset: instructions: a file, a dataset id, ``Instruction`` objects, or a ready
+            ``InstructionDataset``. The evaluation loss is the generation loss.
+        parallel: translations: a file, a dataset id or ``{language: [sentence, ...]}``. Needed for the contrastive
+            loss, for vectors that follow training, and for the final estimation.
+        space: the language space, estimated on this model. Needed unless ``shift`` is off and ``w_mcl`` is 0.
+        kwargs: other arguments of ``Trainer`` (callbacks, optimizers, ...).
+
+    Attributes:
+        handle: the attachment; None for a plain run without a space.
+
+    Raises:
+        ValueError: something is missing or does not fit; the message names the argument.
+    """
+
+    args: ShifConArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: ShifConArguments,
+        *,
+        processing_class: Any,
+        train_dataset: Instructions,
+        eval_dataset: Instructions | None = None,
+        parallel: str | Path | Mapping[str, Sequence[str]] | None = None,
+        space: LanguageSpace | None = None,
+        **kwargs: Any,
+    ) -> None:
+        keep_4bit_trainable(model)
+        self.handle = attach_for_training(model, args, space)
+        languages = None if self.handle is None else self.handle.space.languages
+        self._parallel = None if parallel is None else read_parallel(parallel, languages=languages)
+        self._sampler = self._make_sampler(args, processing_class)
+        self._vectors = track_vectors(args, self.handle, model)
+        if self._vectors is not None and self._vectors.mode != "frozen" and self._parallel is None:
+            raise ValueError(f"parallel: none given; vectors={args.vectors!r} follows its sentences")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=InstructionCollator(processing_class),
+            processing_class=processing_class,
+            train_dataset=self._tokenize(train_dataset, model, args, processing_class),
+            eval_dataset=None
+            if eval_dataset is None
+            else self._tokenize(eval_dataset, model, args, processing_class),
+            **kwargs,
+        )
+        self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
+        self._meter = LossMeter()
+        self._interrupt = InterruptOnce()
+        self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
+        self.add_callback(_StepEnd(self))
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def _make_sampler(self, args: ShifConArguments, tokenizer: Any) -> ContrastiveSampler | None:
+        follows = args.vectors in ("ema", "running") and (args.shift or args.w_mcl)
+        if self.handle is None or not (args.w_mcl or follows):
+            return None
+        if self._parallel is None:
+            raise ValueError(f"parallel: none given; wanted translations, for w_mcl is {args.w_mcl}")
+        return ContrastiveSampler(
+            self._parallel,
+            self.handle.space.pivot,
+            tokenizer,
+            self.handle.space.language_id,
+            batch_size=args.contrastive_batch_size or 2,
+            mixed_languages=bool(args.mixed_languages),
+            max_length_pivot=within_context(args.max_length_pivot, self.handle.model),
+            max_length_other=within_context(args.max_length_other, self.handle.model),
+            pool_all_tokens=args.recipe == "official",
+            seed=args.seed,
+        )
+
+    def _tokenize(
+        self, instructions: Instructions, model: Any, args: ShifConArguments, tokenizer: Any
+    ) -> Dataset[Any]:
+        if isinstance(instructions, Dataset):
+            return instructions
+        return InstructionDataset(
+            read_instructions(instructions),
+            tokenizer,
+            self._language_id if self.handle is not None and args.shift else (lambda language: -1),
+            max_length=within_context(args.max_length, model),
+            too_long=args.too_long,
+            use_chat_template=args.use_chat_template,
+        )
+
+    def _language_id(self, language: str) -> int:
+        assert self.handle is not None
+        return self.handle.space.language_id(language)
+
+    # --- the loss -----------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step, micro = self._micro_batch
+        here = self.state.global_step
+        self._micro_batch = (here, micro + 1 if step == here else 0)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """w_gen · L_gen + w_mcl · L_mcl of a micro-batch, scaled for gradient accumulation; in evaluation, L_gen.
+
+        L_gen is the mean over all learnt tokens of the step's micro-batches (and processes), L_mcl the mean over
+        its contrastive batches.
+        """
+        inputs = dict(inputs)
+        if self.handle is None or not self.args.shift:
+            inputs.pop("language_ids", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            return (loss, outputs) if return_outputs else loss
+        accumulation = self.current_gradient_accumulation_steps
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            loss = loss / accumulation
+        shares = {"loss_generation": loss}
+        if self._sampler is not None:
+            batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
+            if self.args.w_mcl:
+                shares["loss_contrastive"] = self._contrastive_loss(model, batch) / accumulation
+            self._follow(model, batch)
+        step, micro = self._micro_batch
+        check_finite(shares, step + 1, micro)
+        for name, share in shares.items():
+            self._meter.add(name, share)
+        total = self.args.w_gen * shares["loss_generation"]
+        if "loss_contrastive" in shares:
+            total = total + self.args.w_mcl * shares["loss_contrastive"]
+        return (total, outputs) if return_outputs else total
+
+    def _contrastive_loss(self, model: Any, batch: ContrastiveBatch) -> Tensor:
+        assert self.handle is not None
+        return mcl_loss(
+            self.accelerator.unwrap_model(model),
+            batch,
+            self.handle,
+            mode=self.args.mcl_mode,  # type: ignore[arg-type]
+            temperature=float(self.args.temperature or 1.0),
+        )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Also refuses to step on gradients that are not finite (float16's scaler handles its own)."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)}, though the losses are "
+                f"finite. Nothing of this step was saved. Lower learning_rate, or use bfloat16 or float32"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds loss_generation and loss_contrastive, averaged like ``loss`` since the last log line."""
+        if "loss" in logs:
+            logs.update(self._meter.drain(lambda total: self.accelerator.gather(total).mean()))
+        super().log(logs, start_time)
+
+    # --- language vectors ---------------------------------------------------------------------------------------
+
+    def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
+        """Show the batch's sentences to the vectors, as an unshifted pass in eval mode sees them."""
+        if self._vectors is None or not self._vectors.follows_batches or self.handle is None:
+            return
+        unwrapped = self.accelerator.unwrap_model(model)
+        device = next(unwrapped.parameters()).device
+        unwrapped.eval()
+        try:
+            with torch.no_grad():
+                representations = boundary_representations(
+                    unwrapped,
+                    batch["input_ids"].to(device),
+                    batch["attention_mask"].to(device),
+                    batch["pool_mask"].to(device),
+                    (self.handle.forward, self.handle.backward),
+                )
+        finally:
+            unwrapped.train()
+        self._vectors.add(representations, batch["language_ids"])
+
+    def _end_step(self) -> None:
+        """After an optimizer step: new vectors for the next one."""
+        self._meter.end_step()
+        if self._vectors is None or self.handle is None:
+            return
+        changed = self._vectors.step(self._sum_over_processes if self.args.world_size > 1 else None)
+        if self._vectors.mode == "refresh" and self.state.global_step % self.args.refresh_every == 0:
+            area = (self.handle.forward, self.handle.backward)
+            self._vectors.set_means(self._estimate(subspaces=False, boundaries=area).mean)
+            changed = True
+        if changed:
+            self.handle.set_space(self._vectors.space(training=True))
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").to("cpu")
+
+    def _estimate(self, *, subspaces: bool, boundaries: Sequence[int] | None = None) -> LanguageSpace:
+        assert self.handle is not None
+        assert self._parallel is not None
+        return estimate_again(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self._parallel,
+            self.handle.space,
+            recipe=self.handle.recipe,
+            sentences=self.args.estimation_sentences,
+            batch_size=self.args.estimation_batch_size,
+            subspaces=subspaces,
+            boundaries=boundaries,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates with the vectors that a saved model would have."""
+        if self._vectors is None or self.handle is None:
+            return super().evaluation_loop(*args, **kwargs)
+        before = self.handle.space
+        self.handle.set_space(self._vectors.space(training=False))
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.handle.set_space(before)
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, estimate the language space again on the final model, and write the run folder.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last one of ``output_dir``. The run goes on
+                exactly as if it had never stopped.
+            args, kwargs: as for ``Trainer.train``.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient became NaN or infinite.
+            KeyboardInterrupt: after Ctrl-C, once the step at hand is finished and a checkpoint is saved.
+            ValueError: a checkpoint of another run.
+        """
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            checkpoints.clean_up(self.args.output_dir)
+        with InterruptOnce() as self._interrupt:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._interrupt.requested:
+            saved = checkpoints.list_checkpoints(self.args.output_dir)
+            where = f"; saved as {saved[-1]}" if saved else ""
+            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}{where}")
+        self._finish()
+        return output
+
+    def _finish(self) -> None:
+        if self.handle is not None and self._vectors is not None:
+            final = self._vectors.space(training=False)
+            if self.args.final_estimation and self._parallel is not None:
+                final = self._estimate(subspaces=bool(final.bases))
+            self.handle.set_space(final)
+        self.save_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a run folder, all or nothing; only the main process does."""
+        if self.args.should_save:
+            save_run(
+                output_dir or self.args.output_dir,
+                self.accelerator.unwrap_model(self.model),
+                self._run_state(),
+            )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _run_state(self, space: LanguageSpace | None = None) -> RunState:
+        return RunState(
+            handle=self.handle,
+            shift=self.args.shift,
+            tokenizer=self.processing_class,
+            settings=self.args.method_settings(),
+            log=self.state.log_history,
+            space=space,
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """``Trainer._save_checkpoint``, into a staging folder that is renamed when it is whole."""
+        run = self._get_output_dir(trial=trial)
+        staging = checkpoints.staging_folder(run, self.state.global_step)
+        if self.args.should_save:
+            Path(run).mkdir(parents=True, exist_ok=True)
+            checkpoints.clean_up(run)
+            staging.mkdir()
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(staging, Path(run))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish(staging)
+                checkpoints.rotate(run, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, staging: Path, run: Path) -> None:
+        self.store_flos()
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if not self.args.should_save:
+            return
+        space = self._vectors.space(training=False) if self._vectors is not None else None
+        write_run_files(staging, self.accelerator.unwrap_model(self.model), self._run_state(space))
+        if self._vectors is not None:
+            save_file(self._vectors.state_dict(), staging / VECTORS)
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
+        self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        card = read_card(resume_from_checkpoint)
+        if self.handle is not None:
+            here = {"forward": self.handle.forward, "backward": self.handle.backward}
+            for name, there, value in (
+                ("area", card["area"], here),
+                ("languages", card["languages"], list(self.handle.space.languages)),
+                ("recipe", card["recipe"], self.handle.recipe),
+            ):
+                if there != value:
+                    raise ValueError(
+                        f"{os.path.join(resume_from_checkpoint, CARD)}: {name} is {there}, here it is {value}; "
+                        "resume with the arguments and the space of the run"
+                    )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_vectors(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_vectors(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_vectors(self, checkpoint: Path) -> None:
+        if self._vectors is None or self.handle is None:
+            return
+        if not (checkpoint / VECTORS).is_file():
+            raise ValueError(
+                f"{checkpoint}: has no {VECTORS}; it is not a checkpoint of a run with a language space"
+            )
+        self._vectors.load_state_dict(load_file(checkpoint / VECTORS))
+        self.handle.set_space(self._vectors.space(training=True))
+
+    def _interrupted(self) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer at the same step."""
+        requested = self._interrupt.requested
+        if self.args.world_size > 1:
+            requested = bool(self._sum_over_processes(torch.tensor(float(requested))) > 0)
+        self._interrupt.requested = requested
+        return requested
+
+
+class _StepEnd(TrainerCallback):
+    """Tells the trainer that an optimizer step is over, and stops it after an interrupt."""
+
+    def __init__(self, trainer: ShifConTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._trainer._end_step()
+        if self._trainer._interrupted():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
