@@ -35,7 +35,8 @@ Outcomes = Mapping[Hashable, Mapping[Hashable, float]]
 def seeds_interval(outcomes: Outcomes, confidence: float = 0.95) -> Interval:
     """Share of right answers of a method over seeds and items, with an interval that accounts for both.
 
-    With one seed, or where nothing varies (all right, all wrong), 0/1 outcomes get the Wilson interval over the items.
+    With one seed, or where nothing varies (all right, all wrong), 0/1 outcomes get the Wilson interval over
+    the items.
 
     Args:
         outcomes: between 0 and 1 for every item of every seed (a mean where an item is asked in several languages).
