@@ -62,21 +62,16 @@ def _kernel(
 def _fake(
     a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute = compute_dtype(a.dtype)
-    rows = a.shape[:2]
-    return (
-        a.new_empty(rows[:1], dtype=compute),
-        a.new_empty(rows, dtype=compute),
-        a.new_empty(rows, dtype=compute),
-    )
+    parts = a.new_empty((2, *a.shape[:2]), dtype=compute_dtype(a.dtype))
+    return parts.new_empty(a.shape[:1]), parts, parts.new_empty(parts.shape)
 
 
 def _backward_kernel(
     grad: Tensor,
     a: Tensor,
     b: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    row_parts: Tensor,
+    column_parts: Tensor,
     scale: float,
     normalize: bool,
     recenter: bool,
@@ -92,8 +87,8 @@ def _backward_kernel(
         grad,
         a,
         b,
-        row_lse,
-        column_lse,
+        row_parts,
+        column_parts,
         scale,
         normalize,
         recenter,
@@ -107,8 +102,8 @@ def _backward_fake(
     grad: Tensor,
     a: Tensor,
     b: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    row_parts: Tensor,
+    column_parts: Tensor,
     scale: float,
     normalize: bool,
     recenter: bool,
@@ -137,14 +132,14 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 
 _forward = define(
     "info_nce(Tensor a, Tensor b, float scale, bool normalize, bool recenter, str impl) "
-    "-> (Tensor loss, Tensor row_lse, Tensor column_lse)",
+    "-> (Tensor loss, Tensor row_parts, Tensor column_parts)",
     _kernel,
     _fake,
     _autograd,
     _setup_context,
 )
 _backward = define(
-    "info_nce_backward(Tensor grad, Tensor a, Tensor b, Tensor row_lse, Tensor column_lse, float scale, "
+    "info_nce_backward(Tensor grad, Tensor a, Tensor b, Tensor row_parts, Tensor column_parts, float scale, "
     "bool normalize, bool recenter, bool need_a, bool need_b, str impl) -> Tensor[]",
     _backward_kernel,
     _backward_fake,

@@ -1,9 +1,9 @@
 """The ``shifcon_fast`` operator library: one schema per operator, whatever backend runs it.
 
 ``Library.define`` + ``impl`` rather than ``@custom_op``, which costs several microseconds a call. What is left of
-the dispatcher's cost (about 15 µs a differentiable call, several times a small kernel) is paid only by those who need
-the dispatcher: ``torch.compile``, dispatch modes, tensor subclasses, functorch. Plain eager tensors go to the same
-kernel and the same gradient formula directly.
+the dispatcher's cost, about 15 µs a differentiable call and so several times a small kernel, is paid only by those
+who need the dispatcher: ``torch.compile``, dispatch modes, tensor subclasses, functorch. Plain eager tensors go to
+the same kernel and the same gradient formula directly.
 """
 
 from __future__ import annotations

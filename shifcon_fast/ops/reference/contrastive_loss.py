@@ -3,9 +3,11 @@
 S = scale · u b′ᵀ (see ``unit_rows`` for u and b′). One tile of S gives row and column sums:
 
     loss = 1 / (2N) Σ_i [lse_j S_ij + lse_j S_ji - 2 S_ii]
-    ∂loss/∂S = (P_row + P_column - 2 I) / (2N),   P_row = exp(S - row_lse),   P_column = exp(S - column_lse)
+    ∂loss/∂S = (P_row + P_column - 2 I) / (2N)
 
 The log-sum-exps run online over the tiles (Milakov & Gimelshein 2018, arXiv 1805.02867), so no scale overflows.
+They are kept in two parts, the maximum m and l = log Σ exp(S - m), and P = exp((S - m) - l): their float32 sum would
+put an error of |m| ulps into P, and P - 1 of a well separated positive is a small number.
 """
 
 # ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
@@ -71,34 +73,58 @@ class _Rows:
         return block if self.offset is None else block + self.offset[problems]
 
 
+class _Softmax:
+    """Online maximum and sum of exponentials along one side of S: parts[0] = m, parts[1] = Σ exp(S - m), (L, N)."""
+
+    def __init__(self, like: Tensor, compute: torch.dtype) -> None:
+        self.parts = like.new_zeros((2, *like.shape[:2]), dtype=compute)
+        self.parts[0] = float("-inf")
+
+    def add(self, problems: slice, rows: slice, logits: Tensor, over: int) -> None:
+        maximum, total = self.parts[:, problems, rows]
+        larger = torch.maximum(maximum, logits.amax(over))
+        exponentials = (logits - larger.unsqueeze(over)).exp_()
+        total.mul_((maximum - larger).exp_()).add_(exponentials.sum(over))
+        maximum.copy_(larger)
+
+    def finish(self) -> Tensor:
+        self.parts[1].log_()
+        return self.parts
+
+
 def forward(
     a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss (L,) and the log-sum-exps of the rows and of the columns of S (L, N), float32."""
+    """Return the loss (L,), and (m, l) of the rows and of the columns of S, each (2, L, N), all float32."""
     source = _Rows(a, b, normalize, recenter)
-    row_lse = a.new_full(a.shape[:2], float("-inf"), dtype=source.compute)
-    column_lse, diagonal = row_lse.clone(), torch.empty_like(row_lse)
+    of_rows, of_columns = _Softmax(a, source.compute), _Softmax(a, source.compute)
+    diagonal = a.new_empty(a.shape[:2], dtype=source.compute)
     for problems, rows in source.blocks():
         block_a = source.unit_a(problems, rows)
         for columns in _blocks(source.count, source.tile):
             logits = torch.bmm(block_a, source.moved_b(problems, columns).mT).mul_(scale)
-            row_lse[problems, rows] = torch.logaddexp(row_lse[problems, rows], logits.logsumexp(2))
-            column_lse[problems, columns] = torch.logaddexp(
-                column_lse[problems, columns], logits.logsumexp(1)
-            )
+            of_rows.add(problems, rows, logits, over=2)
+            of_columns.add(problems, columns, logits, over=1)
             if columns == rows:
                 diagonal[problems, rows] = logits.diagonal(dim1=1, dim2=2)
-    per_row = (row_lse - diagonal) + (column_lse - diagonal)
+    row_parts, column_parts = of_rows.finish(), of_columns.finish()
+    per_row = (row_parts[0] - diagonal) + row_parts[1] + (column_parts[0] - diagonal) + column_parts[1]
     loss = per_row.mean(1, dtype=torch.float64) / 2
-    return loss.to(source.compute), row_lse, column_lse
+    return loss.to(source.compute), row_parts, column_parts
+
+
+def _probabilities(logits: Tensor, parts: Tensor, along: int) -> Tensor:
+    maximum, log_sum = parts.unsqueeze(along + 1)
+    # S is at most m; the clamp keeps a product that rounds otherwise than in the forward from undoing that.
+    return (logits - maximum).clamp_(max=0).sub_(log_sum).exp_()
 
 
 def backward(
     grad: Tensor,
     a: Tensor,
     b: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    row_parts: Tensor,
+    column_parts: Tensor,
     scale: float,
     normalize: bool,
     recenter: bool,
@@ -115,12 +141,12 @@ def backward(
         for columns in _blocks(source.count, source.tile):
             block_b = source.moved_b(problems, columns)
             logits = torch.bmm(block_a, block_b.mT).mul_(scale)
-            # A log-sum-exp is at least its largest term; the clamp keeps rounding from undoing that at huge scales.
-            tile = (logits - row_lse[problems, rows].unsqueeze(2)).clamp_(max=0).exp_()
-            tile += logits.sub_(column_lse[problems, columns].unsqueeze(1)).clamp_(max=0).exp_()
-            if columns == rows:
-                tile.diagonal(dim1=1, dim2=2).sub_(2)
-            tile *= weight[problems]
+            tile = _probabilities(logits, row_parts[:, problems, rows], along=2)
+            of_columns = _probabilities(logits, column_parts[:, problems, columns], along=1)
+            if columns == rows:  # each direction on its own: P - 1 first, so that small differences survive
+                tile.diagonal(dim1=1, dim2=2).sub_(1)
+                of_columns.diagonal(dim1=1, dim2=2).sub_(1)
+            tile.add_(of_columns).mul_(weight[problems])
             if grad_a is not None:
                 grad_a[problems, rows].baddbmm_(tile, block_b)
             if grad_b is not None:
