@@ -28,11 +28,13 @@ SHIFT_TABLE = "_shifcon_shift"
 """Name of the non-persistent buffer, (K, d) float32, on a block whose boundary is shifted."""
 
 BlockForward = Callable[..., Any]
+LayoutOutput = tuple[Tensor, Tensor | None]  # hidden states, attention weights where asked for
 
 
 def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     """The ``forward`` that replaces ``original.forward``; it takes ``language_ids`` (B,) in addition."""
     names = list(inspect.signature(original.forward).parameters)[2:]
+    returns_tuple = "output_attentions" in names  # blocks of transformers 5.0's older style (Granite)
 
     @functools.wraps(original.forward)
     def forward(
@@ -47,18 +49,21 @@ def block_forward(original: Any, architecture: Architecture) -> BlockForward:
             hidden_states = hidden_states if shift is None else add_shift(hidden_states, shift)
             return original.forward(self, hidden_states, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
-        return _LAYOUTS[architecture.layout](self, architecture, hidden_states, shift, kwargs)
+        out, weights = _LAYOUTS[architecture.layout](self, architecture, hidden_states, shift, kwargs)
+        if not returns_tuple:
+            return out
+        return (out, weights) if kwargs.get("output_attentions") else (out,)
 
     return forward
 
 
 def _pre_norm(
     block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
-) -> Tensor:
+) -> LayoutOutput:
     y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
-    branch, _ = block.self_attn(hidden_states=y, **attention)
+    branch, weights = block.self_attn(hidden_states=y, **attention)
     y, h = add_norm(block, "post_attention_layernorm", row, _scale(block, row, branch, 0), residual=h)
-    return h + _scale(block, row, block.mlp(y), 1)
+    return h + _scale(block, row, block.mlp(y), 1), weights
 
 
 def _scale(block: Any, row: Architecture, branch: Tensor, half: int) -> Tensor:
@@ -72,27 +77,27 @@ def _scale(block: Any, row: Architecture, branch: Tensor, half: int) -> Tensor:
 
 def _sandwich(
     block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
-) -> Tensor:
+) -> LayoutOutput:
     y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
-    branch, _ = block.self_attn(hidden_states=y, **attention)
+    branch, weights = block.self_attn(hidden_states=y, **attention)
     branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
     y, h = add_norm(block, "pre_feedforward_layernorm", row, branch, residual=h)
     branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(y))
-    return h + branch
+    return h + branch, weights
 
 
 def _post_norm(
     block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
-) -> Tensor:
+) -> LayoutOutput:
     h = x if shift is None else add_shift(x, shift)
-    branch, _ = block.self_attn(hidden_states=h, **attention)
+    branch, weights = block.self_attn(hidden_states=h, **attention)
     branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
     h = h + branch
     branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(h))
-    return h + branch
+    return h + branch, weights
 
 
-_LAYOUTS: dict[Layout, Callable[..., Tensor]] = {
+_LAYOUTS: dict[Layout, Callable[..., LayoutOutput]] = {
     "pre_norm": _pre_norm,
     "sandwich": _sandwich,
     "post_norm": _post_norm,
