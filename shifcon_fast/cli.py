@@ -1,0 +1,312 @@
+"""The ``shifcon`` command: parses, calls, prints. What it calls is the package's public Python interface."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+from typer.core import TyperGroup
+
+
+class GuardedGroup(TyperGroup):
+    """Turns the errors a user can mend into one clear line and an exit code.
+
+    Exit codes: 2 for bad input, 1 for what went wrong in the run (a full disk, a NaN loss), 130 for Ctrl-C.
+    ``SHIFCON_DEBUG=1`` lets the traceback through instead.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        if os.environ.get("SHIFCON_DEBUG"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was finished is saved", 130)
+        except (ValueError, TypeError) as error:
+            _fail(str(error), 2)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                where = error.filename or "the output folder"
+                _fail(f"no space left on the disk of {where}; what was saved before is untouched", 1)
+            _fail(str(error), 1)
+        except ArithmeticError as error:
+            _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.secho(f"error: {message}", err=True, fg=typer.colors.RED)
+    raise SystemExit(code)
+
+
+app = typer.Typer(
+    name="shifcon",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "ShifCon for any Hugging Face decoder: help a language model's weak languages by shifting their hidden "
+        "states into the subspace of its dominant language and fine-tuning with a contrastive loss (4-bit QLoRA)."
+        "\n\nThe way: `shifcon doctor`, then `profile` (language space and layer area), `train`, `evaluate` "
+        "(with `--against` the model you had before), `report`. `shifcon demo` runs all of it on a generated world."
+    ),
+)
+
+Model = Annotated[str, typer.Option("--model", help="Hugging Face id, model folder, or the folder of a run.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write to; made if it is not there.")]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        "--parallel",
+        help='Parallel sentences: JSON Lines with {"en": "...", "sw": "..."} a line, or a dataset id.',
+    ),
+]
+Quantization = Annotated[
+    str, typer.Option("--quantization", help="nf4: 4-bit base weights (bitsandbytes). none: as saved.")
+]
+Languages = Annotated[
+    Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
+    typer.Option("--languages", help="Comma-separated codes to use, such as en,sw,bn. Default: all."),
+]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Drop rows in which a language is missing.")
+]
+RemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless you trust it."),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sentences a batch.")]
+
+
+def _split(codes: str | None) -> list[str] | None:
+    return [code.strip() for code in codes.split(",") if code.strip()] if codes else None
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say what this machine can do: versions, devices, NF4, and which backend each operator uses.
+
+    Where an operator could be faster here, it says what is missing. Its output belongs into a bug report.
+    """
+    from shifcon_fast import doctor as examination
+
+    found = examination.examine()
+    typer.echo(json.dumps(found, indent=2) if as_json else examination.describe(found))
+
+
+@app.command()
+def profile(
+    model: Model,
+    parallel: Parallel,
+    output: Output,
+    pivot: Annotated[str, typer.Option(help="The dominant language.")] = "en",
+    languages: Languages = None,
+    quantization: Quantization = "nf4",
+    batch_size: BatchSize = 16,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Dimensions of a language subspace. Default: as many as hold --variance."),
+    ] = None,
+    variance: Annotated[float, typer.Option(help="Share of the variance that a subspace holds.")] = 0.9,
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=2, help="Cut sentences to this many tokens. Default: refuse those beyond the context."
+        ),
+    ] = None,
+    allow_missing: AllowMissing = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Estimate a model's language space and recommend the layer area to shift.
+
+    Reads parallel sentences through the model (the one you will train, so 4-bit if you train it 4-bit), and
+    writes the language vectors and subspaces, the subspace distance at every boundary with its noise floor,
+    and a plot of it.
+
+        shifcon profile --model org/model --parallel sentences.jsonl --output space/
+    """
+    from shifcon_fast import workflow
+
+    result = workflow.profile(
+        model,
+        parallel,
+        output,
+        pivot=pivot,
+        languages=_split(languages),
+        quantization=quantization,
+        batch_size=batch_size,
+        rank=rank,
+        variance=variance,
+        max_length=max_length,
+        allow_missing=allow_missing,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(result)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", help="YAML file of fields; flags override it."),
+    ] = None,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", help="List every field that --config and flags can set.")
+    ] = False,
+) -> None:
+    """Fine-tune with QLoRA and the ShifCon objective.
+
+    Every field is a flag and a line of the YAML file, under the same name:
+
+        shifcon train --model org/model --space space/ --parallel sentences.jsonl \\
+            --instructions instructions.jsonl --output run/ --max-steps 500
+
+    or `shifcon train --config run.yaml --learning-rate 1e-4`. Without --space the language space is estimated
+    first. Ctrl-C saves a checkpoint; --resume goes on from the last one. `--no-shift` and `--w-mcl 0` switch the
+    two halves of the method off, which is the plain QLoRA to compare with.
+    """
+    from shifcon_fast import workflow
+    from shifcon_fast.training.config import describe_fields, parse_config
+
+    if help_all:
+        for name, text, default in describe_fields():
+            typer.echo(f"--{name.replace('_', '-')}  [{default}]\n    {' '.join(text.split())}")
+        return
+    run, arguments = parse_config(config, context.args)
+    typer.echo(workflow.train(run, arguments))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    output: Output,
+    parallel: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--parallel", help="Held-out parallel sentences: retrieval, MEXA, perplexity."),
+    ] = None,
+    questions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--questions", help='Questions: {"answer": 18, "en": "...", "sw": "..."} a line.'),
+    ] = None,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--against", help="A second model or run (or its evaluation folder) to compare with."),
+    ] = None,
+    languages: Languages = None,
+    quantization: Quantization = "nf4",
+    batch_size: BatchSize = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    allow_missing: AllowMissing = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure, by language: retrieval and MEXA at every boundary, perplexity, answers, and their language.
+
+        shifcon evaluate --model run/ --parallel dev.jsonl --questions mgsm.jsonl \\
+            --against org/model --output results/
+
+    With --against, differences come with intervals from a paired bootstrap over the same items.
+    """
+    from shifcon_fast import workflow
+
+    typer.echo(
+        workflow.evaluate(
+            model,
+            output,
+            parallel=parallel,
+            questions=questions,
+            against=against,
+            languages=_split(languages),
+            quantization=quantization,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            allow_missing=allow_missing,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    language: Annotated[
+        str, typer.Option("--language", help="Language of the prompts: its code in the space.")
+    ],
+    prompts: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Prompts. Without any, one prompt a line is read from standard input."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    quantization: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--quantization", help="nf4 or none. Default: as the run was trained."),
+    ] = None,
+) -> None:
+    """Answer prompts with a trained run, shifted by their language.
+
+    shifcon generate --model run/ --language sw "Mji mkuu wa Kenya ni upi?"
+    """
+    from shifcon_fast import workflow
+
+    lines = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for answer in workflow.generate(
+        model,
+        lines,
+        language=language,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        quantization=quantization,
+    ):
+        typer.echo(answer)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, an evaluation or a profile.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", help="HTML file to write. Default: report.html in the folder."),
+    ] = None,
+) -> None:
+    """Put what a folder holds (area, training curves, evaluation) into one self-contained HTML page."""
+    from shifcon_fast import workflow
+
+    typer.echo(workflow.report(run, output))
+
+
+@app.command()
+def demo(
+    output: Output = Path("demo-output"),
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds a system.")] = 3,
+) -> None:
+    """Run the whole method on a generated multilingual world, without a download, and write a report.
+
+    Trains a tiny Llama (cached after the first time), then plain QLoRA and ShifCon QLoRA from it, and compares
+    them by language with intervals. About eight minutes on two CPU cores.
+    """
+    from shifcon_fast.demo.run import run_demo
+
+    typer.echo(run_demo(output, seeds=seeds))
+
+
+def main() -> None:
+    """Entry point of the ``shifcon`` command."""
+    # On CPUs with AVX512-BF16 bitsandbytes advises, at every start, to install a kernel that we keep switched off
+    # (training/quantization.py says why).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    app()
+
+
+if __name__ == "__main__":
+    main()

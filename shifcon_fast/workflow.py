@@ -1,0 +1,325 @@
+"""What the ``shifcon`` commands do: each a function from files to a folder, which returns what to print."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from shifcon_fast.data.instructions import read_instructions
+from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.prompts import encode_prompt
+from shifcon_fast.data.questions import read_questions
+from shifcon_fast.evaluation.evaluate import evaluate as measure
+from shifcon_fast.evaluation.plots import distance_plot
+from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
+from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.space.area import Area, recommend_area
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.storage import write_json
+from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.checkpoints import list_checkpoints
+from shifcon_fast.training.config import RunConfig
+from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.training.run_folder import CARD, load, read_card
+from shifcon_fast.training.trainer import ShifConTrainer
+
+AREA_FILE = "area.json"
+
+
+def open_model(
+    name: str, *, quantization: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Open a run folder (attached), a model folder or a Hugging Face id, frozen and in eval mode.
+
+    Args:
+        name: which.
+        quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The model and its tokenizer.
+    """
+    if not _is_run(name):
+        model = load_quantized(
+            name,
+            quantization=quantization or "nf4",  # type: ignore[arg-type]
+            trust_remote_code=trust_remote_code,
+        )
+        return model, _tokenizer(name, trust_remote_code)
+    base = read_card(name)["base_model"]
+    model = load(name, quantization=quantization, trust_remote_code=trust_remote_code)
+    source = name if (Path(name) / "tokenizer_config.json").is_file() else base
+    return model, _tokenizer(source, trust_remote_code)
+
+
+def _is_run(name: str) -> bool:
+    """Also an unfinished one, which ``read_card`` then refuses with advice."""
+    return (Path(name) / CARD).is_file() or bool(Path(name).is_dir() and list_checkpoints(name))
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {source} has no tokenizer that can be loaded: {error}") from error
+
+
+def profile(
+    model: str,
+    parallel: str,
+    output: Path,
+    *,
+    pivot: str = "en",
+    languages: Sequence[str] | None = None,
+    quantization: str = "nf4",
+    batch_size: int = 16,
+    rank: int | None = None,
+    variance: float = 0.9,
+    max_length: int | None = None,
+    allow_missing: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
+    """Estimate and save a language space, its recommended area (``area.json``) and a plot of the distances."""
+    sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
+    if pivot not in sentences:
+        raise ValueError(f"pivot: got {pivot!r}; {parallel} has {', '.join(sentences)}")
+    loaded, tokenizer = open_model(model, quantization=quantization, trust_remote_code=trust_remote_code)
+    space = estimate_space(
+        loaded,
+        tokenizer,
+        sentences,
+        pivot,
+        batch_size,
+        rank=rank,
+        variance=variance,
+        max_length=max_length,
+    )
+    area = recommend_area(space)
+    space.save(output)
+    write_json(output / AREA_FILE, asdict(area))
+    (output / "distance.svg").write_bytes(
+        distance_plot(
+            range(space.num_boundaries),
+            area.distances,
+            area.floor,
+            area=(area.forward, area.backward),
+        )
+    )
+    return "\n".join([_space_table(space, area), "", area.reason, "", f"written to {output}"])
+
+
+def _space_table(space: LanguageSpace, area: Area) -> str:
+    others = [language for language in space.languages if language != space.pivot]
+    lines = ["boundary  distance  noise floor  mean gap  BOS share"]
+    for k in range(space.num_boundaries):
+        gap = sum(space.mean_gap(k, language) for language in others) / len(others)
+        mark = " <" if area.forward <= k < area.backward else ""
+        lines.append(
+            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {gap:8.3f}  "
+            f"{float(space.bos_share[k].mean()):9.3f}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def train(run: RunConfig, arguments: ShifConArguments) -> str:
+    """Train a run into ``arguments.output_dir``; what can be refused is refused before the model loads."""
+    output = Path(str(arguments.output_dir))
+    resume = _where_to_start(run, output)
+    parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
+    instructions = read_instructions(run.instructions)
+    if arguments.pivot not in parallel:
+        raise ValueError(f"pivot: got {arguments.pivot!r}; {run.parallel} has {', '.join(parallel)}")
+    space = LanguageSpace.load(run.space) if run.space else None
+    known = space.languages if space else tuple(parallel)
+    if unknown := sorted({each.language for each in instructions} - set(known)):
+        raise ValueError(
+            f"instructions: {run.instructions} has {', '.join(map(repr, unknown))}, which the language space does "
+            f"not know ({', '.join(known)}); profile with these languages or leave the rows out"
+        )
+
+    tokenizer = _tokenizer(run.model, run.trust_remote_code)
+    targets = run.lora_target_modules
+    model = load_quantized(
+        run.model,
+        lora=LoraConfig(
+            r=run.lora_r,
+            lora_alpha=run.lora_alpha,
+            lora_dropout=run.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        ),
+        quantization=run.quantization,  # type: ignore[arg-type]
+        trust_remote_code=run.trust_remote_code,
+    )
+    if space is None:
+        space = estimate_space(
+            model,
+            tokenizer,
+            parallel,
+            arguments.pivot,
+            arguments.estimation_batch_size,
+            max_length=arguments.max_length_other,
+            recipe=arguments.recipe,  # type: ignore[arg-type]
+        )
+    trainer = ShifConTrainer(
+        model,
+        arguments,
+        processing_class=tokenizer,
+        train_dataset=instructions,
+        parallel={language: parallel[language] for language in space.languages if language in parallel},
+        space=space,
+    )
+    result = trainer.train(resume_from_checkpoint=resume)
+    return (
+        f"{result.global_step} steps, training loss {result.training_loss:.4f}; the run is in {output}\n"
+        f"next: shifcon evaluate --model {output} --against {run.model} --parallel DEV.jsonl --output RESULTS"
+    )
+
+
+def _where_to_start(run: RunConfig, output: Path) -> str | None:
+    """The checkpoint to resume from, or None to start afresh in a folder that is free for it."""
+    found = list_checkpoints(output) if output.is_dir() else []
+    if run.resume:
+        if not found:
+            raise ValueError(f"resume: {output} has no checkpoint; start without --resume")
+        return str(found[-1])
+    if output.is_dir() and (found or (output / CARD).is_file()):
+        if not run.overwrite:
+            raise ValueError(
+                f"output: {output} holds a run already; --resume goes on from its last checkpoint, --overwrite "
+                "starts over, or choose another folder"
+            )
+        for checkpoint in found:
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def evaluate(
+    model: str,
+    output: Path,
+    *,
+    parallel: str | None = None,
+    questions: str | None = None,
+    against: str | None = None,
+    languages: Sequence[str] | None = None,
+    quantization: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    allow_missing: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
+    """Evaluate a model or run into ``evaluation.json``, and compare it with a second one if there is one."""
+    if parallel is None and questions is None:
+        raise ValueError("parallel, questions: neither given; wanted at least one to measure on")
+    settings: dict[str, Any] = {
+        "parallel": read_parallel(parallel, allow_missing=allow_missing, languages=languages)
+        if parallel
+        else None,
+        "questions": read_questions(questions, languages=languages) if questions else None,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    options: dict[str, Any] = {"quantization": quantization, "trust_remote_code": trust_remote_code}
+    result = _measure(model, settings, options)
+    result.save(output)
+    lines = [_result_table(result)]
+    if against is not None:
+        other = _earlier_result(against) or _measure(against, settings, options)
+        other.save(output / "against")
+        comparison = compare(result, other)
+        write_json(output / "comparison.json", comparison.to_json())
+        lines += ["", _comparison_table(comparison)]
+    return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
+
+
+def _measure(model: str, settings: dict[str, Any], options: dict[str, Any]) -> EvaluationResult:
+    loaded, tokenizer = open_model(model, **options)
+    return replace(measure(loaded, tokenizer, **settings), model=model)
+
+
+def _earlier_result(folder: str) -> EvaluationResult | None:
+    """The result that an evaluation folder holds; None for a model or a run."""
+    is_evaluation = (Path(folder) / FILE_NAME).is_file() and not _is_run(folder)
+    return EvaluationResult.load(folder) if is_evaluation else None
+
+
+def _result_table(result: EvaluationResult) -> str:
+    accuracy, perplexity = result.accuracy(), result.perplexity.get(result.mode, {})
+    scores = result.retrieval[result.mode].scores if result.retrieval else {}
+    lines = [
+        f"{result.model} ({result.mode})",
+        "language  correct              perplexity  MEXA (mean, best boundary)",
+    ]
+    for language in dict.fromkeys([*accuracy, *perplexity]):
+        correct = (
+            f"{accuracy[language].estimate:6.1%} [{accuracy[language].low:.1%}, {accuracy[language].high:.1%}]"
+            if language in accuracy
+            else "-"
+        )
+        fluent = f"{perplexity[language].value:10.2f}" if language in perplexity else "         -"
+        mexa = scores[language].mexa if language in scores else []
+        aligned = f"{sum(mexa) / len(mexa):.2f}, {max(mexa):.2f}" if mexa else "-"
+        lines.append(f"{language:8}  {correct:23}  {fluent}  {aligned}")
+    return "\n".join(lines)
+
+
+def _comparison_table(comparison: PairedComparison) -> str:
+    lines = [f"{comparison.model} minus {comparison.against}, 95 % intervals of a paired bootstrap"]
+    for title, unit, intervals in (
+        ("correct answers", 100.0, comparison.accuracy),
+        ("log perplexity", 1.0, comparison.log_perplexity),
+    ):
+        for language, interval in intervals.items():
+            verdict = "" if interval.excludes_zero else "  within noise"
+            lines.append(
+                f"  {title:16} {language:4} {unit * interval.estimate:+8.3f} "
+                f"[{unit * interval.low:+.3f}, {unit * interval.high:+.3f}]{verdict}"
+            )
+    return "\n".join(lines)
+
+
+def generate(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    language: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    quantization: str | None = None,
+) -> Iterator[str]:
+    """Yield the answer to each prompt, shifted by ``language`` where the model is a run with a language space."""
+    if not prompts:
+        raise ValueError(
+            "prompts: none given; wanted one or more, as arguments or a line each on standard input"
+        )
+    loaded, tokenizer = open_model(model, quantization=quantization)
+    handle = getattr(loaded, "shifcon", None)
+    if handle is None:
+        raise ValueError(f"model: {model} has no language space to shift with; wanted the folder of a run")
+    ids = handle.language_ids(language, device=loaded.device)
+    settings = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    for prompt in prompts:
+        tokens = torch.tensor([encode_prompt(tokenizer, prompt)], device=loaded.device)
+        with torch.no_grad():
+            answer = loaded.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                language_ids=ids,
+                max_new_tokens=max_new_tokens,
+                **settings,
+            )
+        yield tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def report(folder: Path, output: Path | None = None) -> str:
+    """Write the self-contained HTML page of a run, an evaluation or a profile; return where it is."""
+    from shifcon_fast.evaluation.report import report_folder
+
+    return str(report_folder(folder, output or folder / "report.html"))
