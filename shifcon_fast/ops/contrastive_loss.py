@@ -116,6 +116,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     a, b, *ctx.options, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(a, b, *output[1:])
     ctx.set_materialize_grads(False)
 

@@ -195,7 +195,12 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, residual, shift, index, _, style, impl = inputs
     _, h, rstd = output
-    ctx.save_for_backward(x if residual is None and shift is None else h, weight, rstd, index)
+    if residual is None and shift is None:  # h is a placeholder, and whoever uses x has x's own gradient
+        ctx.mark_non_differentiable(h, rstd)
+        h = x
+    else:
+        ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(h, weight, rstd, index)
     ctx.shift = (0, None) if shift is None else (shift.shape[0], shift.dtype)
     ctx.style, ctx.impl = style, impl
     ctx.set_materialize_grads(False)

@@ -73,6 +73,7 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     h, mask, ctx.normalize, ctx.impl = inputs
     ctx.dtype = h.dtype
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, mask)
     ctx.set_materialize_grads(False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def check_scale(scale: Any) -> None:
     """``scale`` is a finite Python number >= 0."""
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"scale: got {type(scale).__name__}; wanted a Python float")
-    if not (math.isfinite(scale) and scale >= 0):
+    if not 0 <= scale < float("inf"):  # false for NaN, and torch.compile can trace it for a changing scale
         raise ValueError(f"scale: got {scale}; wanted a finite number >= 0 (1 / temperature)")
 
 

@@ -6,8 +6,8 @@ S = scale · u b′ᵀ (see ``unit_rows`` for u and b′). One tile of S gives r
     ∂loss/∂S = (P_row + P_column - 2 I) / (2N)
 
 The log-sum-exps run online over the tiles (Milakov & Gimelshein 2018, arXiv 1805.02867), so no scale overflows.
-They are kept in two parts, the maximum m and l = log Σ exp(S - m), and P = exp((S - m) - l): their float32 sum would
-put an error of |m| ulps into P, and P - 1 of a well separated positive is a small number.
+They are kept in two parts, the maximum m and l = log Σ exp(S - m), and P = exp((S - m) - l): their float32 sum
+would put an error of |m| ulps into P, and P - 1 of a well separated positive is a small number.
 """
 
 # ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
