@@ -57,6 +57,7 @@ def space(
 
 @pytest.fixture
 def make_trainer(
+    *,
     load_model: Callable[..., Any],
     space: LanguageSpace,
     word_tokenizer: PreTrainedTokenizerFast,
