@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from shifcon_fast.data.instructions import read_instructions
 from shifcon_fast.data.parallel import read_parallel
@@ -18,6 +18,7 @@ from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
 from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.plots import distance_plot
+from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
 from shifcon_fast.modeling.estimate import estimate_space
 from shifcon_fast.space.area import Area, recommend_area
@@ -146,6 +147,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
 
     tokenizer = _tokenizer(run.model, run.trust_remote_code)
     targets = run.lora_target_modules
+    set_seed(arguments.seed)  # the adapters are drawn when they are made, before the trainer seeds
     model = load_quantized(
         run.model,
         lora=LoraConfig(
@@ -320,6 +322,4 @@ def generate(
 
 def report(folder: Path, output: Path | None = None) -> str:
     """Write the self-contained HTML page of a run, an evaluation or a profile; return where it is."""
-    from shifcon_fast.evaluation.report import report_folder
-
     return str(report_folder(folder, output or folder / "report.html"))

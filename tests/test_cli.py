@@ -1,0 +1,400 @@
+"""The shifcon command as a user meets it: the whole way through, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from shifcon_fast import storage
+from shifcon_fast.cli import app
+
+Rows = list[dict[str, object]]
+
+
+@dataclass
+class Outcome:
+    """Exit code and everything printed, on one line so that wrapping does not matter."""
+
+    code: int
+    text: str
+
+
+@dataclass
+class Workplace:
+    """A folder with a tiny base model, its language space and data files."""
+
+    folder: Path
+    base: Path
+    rows: Rows
+    instructions: Rows
+
+    def write(self, name: str, rows: Rows | str) -> Path:
+        path = self.folder / name
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def train_flags(self, output: Path, *more: str) -> list[str]:
+        return [
+            *("train", "--model", str(self.base), "--space", str(self.folder / "space")),
+            *("--parallel", str(self.folder / "parallel.jsonl")),
+            *("--instructions", str(self.folder / "instructions.jsonl"), "--output", str(output)),
+            *("--max-steps", "3", "--per-device-train-batch-size", "4", "--contrastive-batch-size", "4"),
+            *("--quantization", "none", "--disable-tqdm", "true", "--report-to", "none", *more),
+        ]
+
+
+def shifcon(*arguments: object) -> Outcome:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, " ".join(result.output.split()))
+
+
+@pytest.fixture(scope="module")
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, parallel_text: dict[str, list[str]]
+) -> Workplace:
+    rows: Rows = [
+        dict(zip(parallel_text, sentences, strict=True))
+        for sentences in zip(*parallel_text.values(), strict=True)
+    ]
+    instructions: Rows = [
+        {"lang": language, "prompt": row[language], "response": rows[(number + 1) % len(rows)][language]}
+        for number, row in enumerate(rows)
+        for language in parallel_text
+    ]
+    place = Workplace(tmp_path_factory.mktemp("workplace"), tiny_checkpoint, rows, instructions)
+    place.write("parallel.jsonl", rows)
+    place.write("instructions.jsonl", instructions)
+    place.write("questions.jsonl", [{"answer": n, "en": f"{n} ?", "sw": f"{n} :"} for n in range(4)])
+    made = shifcon(
+        *("profile", "--model", place.base, "--parallel", place.folder / "parallel.jsonl"),
+        *("--quantization", "none", "--output", place.folder / "space"),
+    )
+    assert made.code == 0, made.text
+    return place
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- the whole way through --------------------------------------------------------------------------------------
+
+
+def test_profile_writes_a_space_an_area_and_a_picture(workplace: Workplace) -> None:
+    area = json.loads((workplace.folder / "space" / "area.json").read_text())
+    assert 1 <= area["forward"] < area["backward"] <= 3
+    assert len(area["distances"]) == 4
+    assert b"<svg" in (workplace.folder / "space" / "distance.svg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run(workplace: Workplace) -> Path:
+    """A finished run, quantised to NF4 as users have it."""
+    output = workplace.folder / "run"
+    made = shifcon(*workplace.train_flags(output, "--quantization", "nf4", "--save-steps", "2"))
+    assert made.code == 0, made.text
+    assert "3 steps, training loss" in made.text
+    return output
+
+
+def test_train_evaluate_report_generate(workplace: Workplace, run: Path) -> None:
+    log = json.loads((run / "training_log.json").read_text())["steps"]
+    assert {"loss_generation", "loss_contrastive"} <= log[0].keys()
+
+    results = workplace.folder / "results"
+    evaluated = shifcon(
+        *(
+            "evaluate",
+            "--model",
+            run,
+            "--against",
+            workplace.base,
+            "--output",
+            results,
+            "--max-new-tokens",
+            "4",
+        ),
+        *(
+            "--parallel",
+            workplace.folder / "parallel.jsonl",
+            "--questions",
+            workplace.folder / "questions.jsonl",
+        ),
+    )
+    assert evaluated.code == 0, evaluated.text
+    comparison = json.loads((results / "comparison.json").read_text())
+    assert comparison["accuracy"].keys() == {"en", "sw"}
+    assert comparison["log_perplexity"].keys() == {"en", "de", "sw", "tr"}
+
+    again = shifcon(  # an earlier evaluation serves as well as a model
+        *("evaluate", "--model", run, "--against", results, "--output", workplace.folder / "again"),
+        *("--questions", workplace.folder / "questions.jsonl", "--max-new-tokens", "4"),
+    )
+    assert again.code == 0, again.text
+    same = json.loads((workplace.folder / "again" / "comparison.json").read_text())["accuracy"]["sw"]
+    assert (same["estimate"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
+
+    for folder in (results, run, workplace.folder / "space"):
+        reported = shifcon("report", folder)
+        assert reported.code == 0, reported.text
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert "<svg" in page or "data:image" in page
+        assert 'src="http' not in page  # self-contained
+        assert "<script src" not in page
+
+    answers = shifcon("generate", "--model", run, "--language", "sw", "--max-new-tokens", "3", "Ada anaishi")
+    assert answers.code == 0, answers.text
+
+
+def test_a_yaml_file_and_flags_make_the_same_run(workplace: Workplace, run: Path) -> None:
+    flags = workplace.train_flags(
+        workplace.folder / "from-yaml", "--quantization", "nf4", "--save-steps", "2"
+    )
+    names = [flag[2:].replace("-", "_") for flag in flags[1::2]]
+    lines = dict(zip(names, flags[2::2], strict=True)) | {"max_steps": "1"}
+    file = workplace.write("run.yaml", "".join(f"{name}: {value}\n" for name, value in lines.items()))
+    made = shifcon("train", "--config", file, "--max-steps", "3")
+    assert made.code == 0, made.text
+    ours = load_file(workplace.folder / "from-yaml" / "adapter_model.safetensors")
+    theirs = load_file(run / "adapter_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(workplace: Workplace, run: Path) -> None:
+    before = snapshot(run)
+    refused = shifcon(*workplace.train_flags(run))
+    assert refused.code == 2
+    assert "holds a run already; --resume" in refused.text
+    assert snapshot(run) == before
+
+
+def test_resume_without_a_checkpoint_is_refused(workplace: Workplace) -> None:
+    refused = shifcon(*workplace.train_flags(workplace.folder / "fresh", "--resume"))
+    assert refused.code == 2
+    assert "has no checkpoint" in refused.text
+    assert not (workplace.folder / "fresh").exists()
+
+
+def test_doctor_names_every_operator_and_its_backend() -> None:
+    told = shifcon("doctor", "--json")
+    assert told.code == 0
+    found = json.loads(told.text)
+    assert {row["operator"] for row in found["operators"] if row["device"] == "cpu"} == {
+        "add_shift_rms_norm",
+        "masked_mean_pool",
+        "info_nce",
+        "contrastive_similarity",
+        "subspace_project",
+    }
+    assert found["nf4"]["cpu"] == "works"
+    assert found["versions"]["torch"] == torch.__version__
+    assert "operators" in shifcon("doctor").text
+
+
+@pytest.mark.parametrize("command", ["doctor", "profile", "train", "evaluate", "generate", "report", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    helped = shifcon(command, "--help")
+    assert helped.code == 0
+    assert len(helped.text) > 200
+
+
+def test_help_all_lists_every_field() -> None:
+    listed = shifcon("train", "--help-all").text
+    assert all(
+        f"--{flag} " in listed for flag in ("w-mcl", "lora-r", "vectors", "gradient-accumulation-steps")
+    )
+
+
+# --- bad input: exit code 2, one clear line, nothing half-written -------------------------------------------------
+
+
+def _malformed(rows: Rows) -> str:
+    lines = [json.dumps(row) for row in rows]
+    lines[4] = lines[4][:-3]
+    return "\n".join(lines)
+
+
+def _without(rows: Rows, language: str, numbers: range) -> Rows:
+    return [
+        {key: value for key, value in row.items() if key != language or number not in numbers}
+        for number, row in enumerate(rows)
+    ]
+
+
+BAD_PARALLEL: list[tuple[str, Callable[[Rows], Rows | str], str]] = [
+    ("malformed", _malformed, r"bad.jsonl:5: not valid JSON"),
+    ("missing", lambda rows: _without(rows, "sw", range(2, 5)), "'sw' in 3 of 24 rows"),
+    ("empty", lambda rows: [*rows[:6], {**rows[6], "de": " "}, *rows[7:]], "bad.jsonl:7: 'de' is empty"),
+    ("no pivot", lambda rows: _without(rows, "en", range(24)), "pivot: got 'en'"),
+    ("one row", lambda rows: rows[:1], "wanted at least two sentences"),
+    ("too long", lambda rows: [*rows, dict.fromkeys(rows[0], "Ada " * 200)], "128"),
+    ("nothing", lambda rows: "", "holds no rows"),
+]
+
+
+@pytest.mark.parametrize(("kind", "spoil", "message"), BAD_PARALLEL, ids=[row[0] for row in BAD_PARALLEL])
+def test_bad_parallel_text_is_refused(
+    workplace: Workplace, kind: str, spoil: Callable[[Rows], Rows | str], message: str
+) -> None:
+    path = workplace.write("bad.jsonl", spoil(workplace.rows))
+    output = workplace.folder / f"space-{kind}"
+    refused = shifcon(
+        *("profile", "--model", workplace.base, "--parallel", path, "--quantization", "none"),
+        *("--output", output),
+    )
+    assert refused.code == 2
+    assert message in refused.text
+    assert not output.exists()
+
+
+def test_rows_with_a_missing_language_can_be_dropped(workplace: Workplace) -> None:
+    path = workplace.write("gaps.jsonl", _without(workplace.rows, "sw", range(2, 5)))
+    output = workplace.folder / "space-gaps"
+    made = shifcon(
+        *("profile", "--model", workplace.base, "--parallel", path, "--quantization", "none"),
+        *("--output", output, "--allow-missing"),
+    )
+    assert made.code == 0, made.text
+    assert json.loads((output / "language_space.json").read_text())["sentences"]["sw"] == 21
+
+
+def test_a_space_of_another_model_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(workplace.base, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "embed_tokens" in name)
+    save_file(
+        {**weights, name: weights[name].flip(0).contiguous()}, other / "model.safetensors", {"format": "pt"}
+    )
+    flags = workplace.train_flags(tmp_path / "out")
+    flags[flags.index("--model") + 1] = str(other)
+    refused = shifcon(*flags)
+    assert refused.code == 2
+    assert "not on this model" in refused.text
+    assert not (tmp_path / "out" / "shifcon.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--forward", "2", "--backward", "2"], "wanted forward < backward"),
+        (["--forward", "2", "--backward", "9"], "backward: got 9"),
+        (["--parallel", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--quantization", "int8"], 'wanted "nf4" or "none"'),
+        (["--space", "nowhere"], "nowhere"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--max-stpes", "3"], "did you mean 'max_steps'"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    workplace: Workplace, tmp_path: Path, more: list[str], message: str
+) -> None:
+    refused = shifcon(*workplace.train_flags(tmp_path / "out", *more))
+    assert refused.code == 2
+    assert message in refused.text
+    assert not (tmp_path / "out" / "shifcon.json").exists()
+
+
+def test_an_unknown_language_code_is_refused(workplace: Workplace, run: Path, tmp_path: Path) -> None:
+    asked = shifcon("generate", "--model", run, "--language", "xx", "Ada")
+    assert (asked.code, "this language space knows en, de, sw, tr" in asked.text) == (2, True)
+
+    strange = workplace.write("strange.jsonl", [{"lang": "xx", "prompt": "Ada", "response": "Ben"}])
+    refused = shifcon(*workplace.train_flags(tmp_path / "out", "--instructions", str(strange)))
+    assert refused.code == 2
+    assert "'xx', which the language space does not know" in refused.text
+
+
+def test_a_folder_that_is_not_ours_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    flags = workplace.train_flags(tmp_path / "out", "--space", str(tmp_path))
+    assert shifcon(*flags).code == 2
+    reported = shifcon("report", tmp_path)
+    assert reported.code == 2
+    assert str(tmp_path) in reported.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_was_there(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "space"
+    shutil.copytree(workplace.folder / "space", output)
+    before = snapshot(output)
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", no_space)
+    refused = shifcon(
+        *("profile", "--model", workplace.base, "--parallel", workplace.folder / "parallel.jsonl"),
+        *("--quantization", "none", "--output", output),
+    )
+    assert refused.code == 1
+    assert "no space left on the disk" in refused.text
+    assert snapshot(output) == before
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(workplace: Workplace, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(workplace.base, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.3.mlp.down_proj.weight"))
+    weights[name][0, 0] = float("nan")  # above the area: only the generation loss sees it
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    flags = workplace.train_flags(tmp_path / "out", "--final-estimation", "false")
+    flags[flags.index("--model") + 1] = str(broken)
+    stopped = shifcon(*flags)
+    assert stopped.code == 1
+    assert "step 1" in stopped.text
+    assert "loss_generation" in stopped.text
+    assert not (tmp_path / "out" / "shifcon.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process; POSIX only")
+def test_ctrl_c_saves_and_exits_130(workplace: Workplace, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = workplace.train_flags(output, "--max-steps", "100000", "--logging-steps", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shifcon_fast.cli", *flags],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "loss_generation" in line:  # training is under way
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, text
+    assert "interrupted" in text
+    saved = list(output.glob("checkpoint-*"))
+    assert len(saved) == 1
+    step = int(saved[0].name.rpartition("-")[2])
+    resumed = shifcon(*workplace.train_flags(output, "--max-steps", str(step + 1), "--resume"))
+    assert resumed.code == 0, resumed.text
+    assert f"{step + 1} steps" in resumed.text
