@@ -298,7 +298,7 @@ def test_a_space_of_another_model_is_refused(workplace: Workplace, tmp_path: Pat
     ("more", "message"),
     [
         (["--forward", "2", "--backward", "2"], "wanted forward < backward"),
-        (["--forward", "2", "--backward", "9"], "backward: got 9"),
+        (["--forward", "2", "--backward", "9"], "backward: got boundary 9"),
         (["--parallel", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--quantization", "int8"], 'wanted "nf4" or "none"'),
         (["--space", "nowhere"], "nowhere"),
