@@ -1,0 +1,527 @@
+"""Symmetric InfoNCE over in-batch negatives, without an N × N matrix.
+
+    S = scale · u b′ᵀ                                     a, b: (L, N, d); u, b′ as in ``contrastive_similarity``
+    R_i = log Σ_j exp S_ij,   C_j = log Σ_i exp S_ij      R, C: (2, L, N) float32, kept for the backward
+    loss = 1 / (2N) Σ_i [R_i + C_i - 2 S_ii]              loss: (L,) float32
+    ∂loss/∂S = (P_row + P_column - 2 I) / (2N),           P_row = exp(S_ij - R_i),   P_column = exp(S_ij - C_j)
+
+R and C are kept as a maximum m and l = log Σ exp(S - m), and P = exp((S - m) - l): their float32 sum would put an
+error of |m| ulps into P, and P - 1 of a well separated positive is a small number.
+
+A tile of S gives its part of the row sums and of the column sums at once, so the symmetric loss costs one pass over S
+forward and one backward. In units of N² d multiply-adds: 1 + 1, and 2 for the products of ∂loss/∂S with a and b.
+
+Two paths. Up to N = 128, what training uses, a problem's S is one tile: two launches forward (the products, split
+along d so that L problems fill the device; the loss), three backward (the products again, the weights W, the
+gradients). Beyond, tiles: forward in one launch per stripe of rows, backward one stripe of W at a time.
+
+No atomics: every sum has one order. Source: van den Oord et al. 2018, arXiv 1807.03748.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contrastive_similarity import (
+    Scaling,
+    library_products,
+    logits_tile,
+    prepare,
+    through_unit,
+    tile_options,
+    tile_position,
+    weights_dtype,
+)
+from .launch import multiprocessors, on_device_of, options
+
+# ---------------------------------------------------------------------------------------------------- one tile, N ≤ 128
+
+
+@triton.jit(do_not_specialize=["depth_per_split"])
+def _split_products(
+    a_ptr, b_ptr, product_ptr, squares_ptr, count, hidden, depth_per_split,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """a_i · b_j, ‖a_i‖² and ‖b_j‖² over a part of d, for a whole problem."""
+    problem, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.arange(0, TILE)
+    start_of_problem = problem * count * hidden
+    first = split * depth_per_split
+    last = tl.minimum(first + depth_per_split, hidden)
+    products = tl.zeros((TILE, TILE), tl.float32)
+    squares_a = tl.zeros((TILE,), tl.float32)
+    squares_b = tl.zeros((TILE,), tl.float32)
+    for start in range(first, last, DEPTH):
+        depth = start + tl.arange(0, DEPTH)[None, :]
+        live = (row < count)[:, None] & (depth < last)
+        at = start_of_problem + row[:, None] * hidden + depth
+        a = tl.load(a_ptr + at, mask=live, other=0.0)
+        b = tl.load(b_ptr + at, mask=live, other=0.0)
+        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
+        squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
+        if UPCAST:  # the interpreter has no bfloat16 arithmetic
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    slot = problem * tl.num_programs(1) + split
+    at = (slot * count + row)[:, None] * count + row[None, :]
+    tl.store(product_ptr + at, products, mask=(row < count)[:, None] & (row < count)[None, :])
+    tl.store(squares_ptr + slot * 2 * count + row, squares_a, mask=row < count)
+    tl.store(squares_ptr + slot * 2 * count + count + row, squares_b, mask=row < count)
+
+
+@triton.jit
+def _whole_logits(
+    product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE: tl.constexpr, TILE: tl.constexpr
+):
+    """Add the splits: a problem's S, the products it comes from, and α, β."""
+    row = tl.arange(0, TILE)
+    inside = (row < count)[:, None] & (row < count)[None, :]
+    products = tl.zeros((TILE, TILE), tl.float32)
+    squares_a = tl.zeros((TILE,), tl.float32)
+    squares_b = tl.zeros((TILE,), tl.float32)
+    for split in range(splits):
+        slot = problem * splits + split
+        at = (slot * count + row)[:, None] * count + row[None, :]
+        products += tl.load(product_ptr + at, mask=inside, other=0.0)
+        squares_a += tl.load(squares_ptr + slot * 2 * count + row, mask=row < count, other=0.0)
+        squares_b += tl.load(squares_ptr + slot * 2 * count + count + row, mask=row < count, other=0.0)
+    inverse_a = tl.full((TILE,), 1.0, tl.float32)
+    inverse_b = tl.full((TILE,), 1.0, tl.float32)
+    if NORMALIZE:
+        inverse_a = tl.where(squares_a > 0, 1.0 / tl.sqrt_rn(tl.where(squares_a > 0, squares_a, 1.0)), 0.0)
+        inverse_b = tl.where(squares_b > 0, 1.0 / tl.sqrt_rn(tl.where(squares_b > 0, squares_b, 1.0)), 0.0)
+    logits = products * inverse_a[:, None] * inverse_b[None, :] * scale
+    return logits, products, inverse_a, inverse_b
+
+
+@triton.jit
+def _maximum_and_sum(logits, present, AXIS: tl.constexpr):
+    """m and Σ exp(S - m) along an axis of a tile whose outside is -inf; 0 and 1 for rows that lie outside."""
+    maximum = tl.where(present, tl.max(logits, axis=AXIS), 0.0)
+    total = tl.sum(tl.exp(logits - tl.expand_dims(maximum, AXIS)), axis=AXIS)
+    return maximum, tl.where(present, total, 1.0)
+
+
+@triton.jit
+def _whole_loss(
+    product_ptr, squares_ptr, loss_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr,
+    splits, count, scale: tl.float32, NORMALIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """R, C and the loss of one problem."""
+    problem = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, TILE)
+    present = row < count
+    logits, _, _, _ = _whole_logits(product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE, TILE)
+    diagonal = tl.sum(tl.where(row[:, None] == row[None, :], logits, 0.0), axis=1)
+    logits = tl.where(present[:, None] & present[None, :], logits, -float("inf"))
+    row_max, row_sum = _maximum_and_sum(logits, present, 1)
+    column_max, column_sum = _maximum_and_sum(logits, present, 0)
+    at = problem * count + row
+    tl.store(row_max_ptr + at, row_max, mask=present)
+    tl.store(row_log_ptr + at, tl.log(row_sum), mask=present)
+    tl.store(column_max_ptr + at, column_max, mask=present)
+    tl.store(column_log_ptr + at, tl.log(column_sum), mask=present)
+    per_row = (row_max - diagonal) + tl.log(row_sum) + (column_max - diagonal) + tl.log(column_sum)
+    tl.store(loss_ptr + problem, tl.sum(tl.where(present, per_row, 0.0)) / (2.0 * count))
+
+
+@triton.jit
+def _tile_of_weights(
+    logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, column, count
+):
+    """P_row + P_column - 2 I, each direction on its own: P - 1 first, so that small differences survive."""
+    row_at, column_at = problem * count + row, problem * count + column
+    row_max = tl.load(row_max_ptr + row_at, mask=row < count, other=0.0)[:, None]
+    row_log = tl.load(row_log_ptr + row_at, mask=row < count, other=0.0)[:, None]
+    column_max = tl.load(column_max_ptr + column_at, mask=column < count, other=0.0)[None, :]
+    column_log = tl.load(column_log_ptr + column_at, mask=column < count, other=0.0)[None, :]
+    identity = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
+    # S is at most m; the minimum keeps a product that rounds otherwise than in the forward from undoing that.
+    weights = tl.exp(tl.minimum(logits - row_max, 0.0) - row_log) - identity
+    return weights + (tl.exp(tl.minimum(logits - column_max, 0.0) - column_log) - identity)
+
+
+@triton.jit
+def _whole_weights(
+    product_ptr, squares_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, grad_ptr, weights_ptr, along_ptr,
+    splits, count, scale: tl.float32, NORMALIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """W of one problem, and α_i² a_i · p_i = α_i² Σ_j W_ij (a_i · b_j), likewise for b: no pass over d is needed."""
+    problem = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, TILE)
+    present = row < count
+    inside = present[:, None] & present[None, :]
+    logits, products, inverse_a, inverse_b = _whole_logits(
+        product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE, TILE
+    )
+    weights = _tile_of_weights(
+        logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, row, count
+    )
+    weights *= tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
+    weights = tl.where(inside, weights * inverse_a[:, None] * inverse_b[None, :], 0.0)
+    tl.store(weights_ptr + (problem * count + row)[:, None] * count + row[None, :], weights, mask=inside)
+    if NORMALIZE:
+        along_a = tl.sum(weights * products, axis=1) * inverse_a * inverse_a
+        along_b = tl.sum(weights * products, axis=0) * inverse_b * inverse_b
+        tl.store(along_ptr + problem * 2 * count + row, along_a, mask=present)
+        tl.store(along_ptr + problem * 2 * count + count + row, along_b, mask=present)
+
+
+@triton.jit
+def _whole_gradient(
+    a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden,
+    PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """∂loss/∂a = W b - α² (a · p) a and ∂loss/∂b = Wᵀ a - β² (b · t) b, a block of columns of one problem."""
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, TILE)
+    depth = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
+    present = row < count
+    inside = present[:, None] & present[None, :]
+    live = present[:, None] & (depth < hidden)[None, :]
+    at = (problem * count + row)[:, None] * hidden + depth[None, :]
+    weights = tl.load(
+        weights_ptr + (problem * count + row)[:, None] * count + row[None, :], mask=inside, other=0.0
+    )
+    a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if grad_a_ptr is not None:
+        grad = tl.dot(weights, b, input_precision=PRECISION)
+        if NORMALIZE:
+            grad -= a * tl.load(along_ptr + problem * 2 * count + row, mask=present, other=0.0)[:, None]
+        tl.store(grad_a_ptr + at, grad.to(grad_a_ptr.dtype.element_ty), mask=live)
+    if grad_b_ptr is not None:
+        grad = tl.dot(tl.trans(weights), a, input_precision=PRECISION)
+        if NORMALIZE:
+            grad -= (
+                b * tl.load(along_ptr + problem * 2 * count + count + row, mask=present, other=0.0)[:, None]
+            )
+        tl.store(grad_b_ptr + at, grad.to(grad_b_ptr.dtype.element_ty), mask=live)
+
+
+# -------------------------------------------------------------------------------------------------------------- tiles
+
+
+@triton.jit(do_not_specialize=["first_row", "stripe"])
+def _tile_sums(
+    a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
+    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, diagonal_ptr,
+    count, hidden, first_row, stripe, scale: tl.float32,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile's part of R and of C: sums of exp(S - m), with m the tile's maximum, or scale where no maxima are kept."""
+    problem = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(count, TILE)
+    row_start, column_start = tile_position(tl.cdiv(stripe, TILE), tiles, TILE)
+    row_start += first_row
+    row = row_start + tl.arange(0, TILE)
+    column = column_start + tl.arange(0, TILE)
+    logits = logits_tile(
+        a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
+        problem, row, column, count, count, first_row, stripe, hidden, scale, UPCAST, DEPTH,
+    )  # fmt: skip
+    if row_start == column_start:
+        diagonal = tl.sum(tl.where(row[:, None] == column[None, :], logits, 0.0), axis=1)
+        tl.store(diagonal_ptr + problem * count + row, diagonal, mask=row < count)
+    logits = tl.where((row < count)[:, None] & (column < count)[None, :], logits, -float("inf"))
+    row_at = (problem * tiles + column_start // TILE) * count + row
+    column_at = (problem * tiles + row_start // TILE) * count + column
+    if row_max_ptr is None:
+        terms = tl.exp(logits - scale)
+        row_sum = tl.sum(terms, axis=1)
+        column_sum = tl.sum(terms, axis=0)
+    else:
+        row_max, row_sum = _maximum_and_sum(logits, row < count, 1)
+        column_max, column_sum = _maximum_and_sum(logits, column < count, 0)
+        tl.store(row_max_ptr + row_at, row_max, mask=row < count)
+        tl.store(column_max_ptr + column_at, column_max, mask=column < count)
+    tl.store(row_sum_ptr + row_at, row_sum, mask=row < count)
+    tl.store(column_sum_ptr + column_at, column_sum, mask=column < count)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _combine(
+    part_sum_ptr, part_max_ptr, max_ptr, log_ptr, tiles, count, scale: tl.float32, BLOCK: tl.constexpr
+):
+    """m and l from the tiles' parts, online (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+    problem = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    present = row < count
+    maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
+    if part_max_ptr is None:
+        maximum = tl.zeros((BLOCK,), tl.float32) + scale
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles):
+        at = (problem * tiles + tile) * count + row
+        part = tl.load(part_sum_ptr + at, mask=present, other=1.0)
+        if part_max_ptr is None:
+            total += part
+        else:
+            of_part = tl.load(part_max_ptr + at, mask=present, other=0.0)
+            larger = tl.maximum(maximum, of_part)
+            total = total * tl.exp(maximum - larger) + part * tl.exp(of_part - larger)
+            maximum = larger
+    tl.store(max_ptr + problem * count + row, maximum, mask=present)
+    tl.store(log_ptr + problem * count + row, tl.log(total), mask=present)
+
+
+@triton.jit
+def _mean_loss(
+    row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, diagonal_ptr, loss_ptr, count, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The loss of one problem from R, C and the diagonal of S."""
+    problem = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        at = problem * count + row
+        diagonal = tl.load(diagonal_ptr + at, mask=row < count, other=0.0)
+        total += tl.load(row_max_ptr + at, mask=row < count, other=0.0) - diagonal
+        total += tl.load(row_log_ptr + at, mask=row < count, other=0.0)
+        total += tl.load(column_max_ptr + at, mask=row < count, other=0.0) - diagonal
+        total += tl.load(column_log_ptr + at, mask=row < count, other=0.0)
+    tl.store(loss_ptr + problem, tl.sum(total) / (2.0 * count))
+
+
+@triton.jit(do_not_specialize=["first_row", "stripe"])
+def _tile_weights(
+    a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
+    row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, grad_ptr, weights_ptr, row_sum_ptr,
+    count, hidden, first_row, stripe, scale: tl.float32,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile of W, and of the row sums ρ where the caller wants them. W may overwrite the library's products."""
+    problem = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(count, TILE)
+    row_start, column_start = tile_position(tl.cdiv(stripe, TILE), tiles, TILE)
+    row = row_start + first_row + tl.arange(0, TILE)
+    column = column_start + tl.arange(0, TILE)
+    logits = logits_tile(
+        a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
+        problem, row, column, count, count, first_row, stripe, hidden, scale, UPCAST, DEPTH,
+    )  # fmt: skip
+    weights = _tile_of_weights(
+        logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, column, count
+    )
+    weights *= tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
+    inside = (row < count)[:, None] & (column < count)[None, :]
+    if row_sum_ptr is not None:
+        at = (problem * tiles + column_start // TILE) * count + row
+        tl.store(row_sum_ptr + at, tl.sum(tl.where(inside, weights, 0.0), axis=1), mask=row < count)
+    if inverse_a_ptr is not None:
+        weights *= tl.load(inverse_a_ptr + problem * count + row, mask=row < count, other=0.0)[:, None]
+        weights *= tl.load(inverse_b_ptr + problem * count + column, mask=column < count, other=0.0)[None, :]
+    at = (problem * stripe + row - first_row)[:, None] * count + column[None, :]
+    tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=inside)
+
+
+# One tile: with N ≤ 128 a problem's S is at most 64 KiB and stays in the registers of one program (256 threads, 64
+# values each). The products read a and b, 2 L N d values, once; they are split along d until 2 programs per
+# multiprocessor have work, each with at least 256 columns (a split writes 4 N² bytes and reads 8 N · 256 of float32:
+# a sixteenth at N = 64, an eighth at N = 128).
+# Tiles: W takes 2,048 rows at a time, enough 128 × 128 tiles of its products with a and b to fill the device at
+# d ≥ 1,024; where N² is small, several problems share a launch up to 64 MiB of W.
+# Largest scale for which scale is the maximum of a tile: exp(-2 scale) > 1e-35 stays a normal float32.
+# Reasoned, not measured.
+WHOLE_LIMIT = 128
+_WHOLE_DEPTH, _SPLIT_COLUMNS, _PROGRAMS_PER_MULTIPROCESSOR = 64, 256, 2
+_STRIPE_ROWS, _STRIPE_BYTES = 2048, 64 * 2**20
+_BOUNDED_SCALE = 40.0
+_COMBINE_BLOCK, _COMBINE_THREADS = 256, 128
+_LOSS_BLOCK, _LOSS_THREADS = 1024, 256
+
+
+def _whole_tile(count: int) -> tuple[int, int]:
+    """Padded N and threads of the one-tile kernels; a matrix instruction wants at least 16 rows."""
+    tile = max(16, triton.next_power_of_2(count))
+    return tile, 256 if tile > 64 else 128
+
+
+def _whole_products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
+    problems, count, hidden = a.shape
+    tile, threads = _whole_tile(count)
+    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device), problems)
+    per_split = max(_SPLIT_COLUMNS, triton.cdiv(triton.cdiv(hidden, wanted), _WHOLE_DEPTH) * _WHOLE_DEPTH)
+    splits = triton.cdiv(hidden, per_split)
+    products = torch.empty((problems, splits, count, count), dtype=torch.float32, device=a.device)
+    squares = torch.empty((problems, splits, 2, count), dtype=torch.float32, device=a.device)
+    depth = _WHOLE_DEPTH // 2 if a.dtype == torch.float32 else _WHOLE_DEPTH
+    _split_products[(problems, splits)](
+        a, b, products, squares, count, hidden, per_split,
+        UPCAST=a.device.type == "cpu", TILE=tile, DEPTH=depth, **options(threads, 2),
+    )  # fmt: skip
+    return products, squares, splits
+
+
+def _groups(problems: int, count: int) -> list[slice]:
+    """Which problems share a launch, so that their stripes of W stay within the budget."""
+    size = max(1, _STRIPE_BYTES // (4 * count * min(count, _STRIPE_ROWS)))
+    return [slice(start, min(start + size, problems)) for start in range(0, problems, size)]
+
+
+def forward(
+    a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss (L,), and (m, l) of the rows and of the columns of S, each (2, L, N), all float32."""
+    problems, count, _ = a.shape
+    loss = torch.empty((problems,), dtype=torch.float32, device=a.device)
+    of_rows = torch.empty((2, problems, count), dtype=torch.float32, device=a.device)
+    of_columns = torch.empty_like(of_rows)
+    if problems == 0:
+        return loss, of_rows, of_columns
+    a, b = a.contiguous(), b.contiguous()
+    with on_device_of(a):
+        if count <= WHOLE_LIMIT and not recenter:
+            products, squares, splits = _whole_products(a, b)
+            tile, threads = _whole_tile(count)
+            _whole_loss[(problems,)](
+                products, squares, loss, *of_rows, *of_columns, splits, count, scale,
+                NORMALIZE=normalize, TILE=tile, **options(2 * threads),
+            )  # fmt: skip
+            return loss, of_rows, of_columns
+        scaling = prepare(a, b, normalize, recenter)
+        diagonal = torch.empty((problems, count), dtype=torch.float32, device=a.device)
+        bounded = normalize and not recenter and scale <= _BOUNDED_SCALE
+        for group in _groups(problems, count):
+            parts = (of_rows[:, group], of_columns[:, group], diagonal[group])
+            _tiled_sums(a[group], b[group], *parts, scaling.of(group), scale, bounded)
+        _mean_loss[(problems,)](
+            *of_rows, *of_columns, diagonal, loss, count, BLOCK=_LOSS_BLOCK, **options(_LOSS_THREADS)
+        )
+    return loss, of_rows, of_columns
+
+
+def _tiled_sums(
+    a: Tensor,
+    b: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor,
+    diagonal: Tensor,
+    scaling: Scaling,
+    scale: float,
+    bounded: bool,
+) -> None:
+    """Fill R, C and the diagonal of S for one group of problems."""
+    problems, count, hidden = a.shape
+    library = library_products(a.dtype)
+    sizes = tile_options(library)
+    tiles = triton.cdiv(count, sizes["TILE"])
+    shape = (
+        1 if bounded else 2,
+        problems,
+        tiles,
+        count,
+    )  # sums, and maxima where they are not known beforehand
+    row_parts, column_parts = (torch.empty(shape, dtype=torch.float32, device=a.device) for _ in range(2))
+    row_sum, row_max = row_parts[0], None if bounded else row_parts[1]
+    column_sum, column_max = column_parts[0], None if bounded else column_parts[1]
+    # Where the library forms the products they are held a stripe at a time, else not at all.
+    step = _STRIPE_ROWS if library else count
+    for first in range(0, count, step):
+        stripe = min(step, count - first)
+        product = torch.bmm(a[:, first : first + stripe], b.mT) if library else None
+        _tile_sums[(triton.cdiv(stripe, sizes["TILE"]) * tiles, problems)](
+            a, b, product, *scaling[:3], row_sum, row_max, column_sum, column_max, diagonal,
+            count, hidden, first, stripe, scale, UPCAST=a.device.type == "cpu", **sizes,
+        )  # fmt: skip
+        del product  # before the next one is made
+    for part_sum, part_max, out in ((row_sum, row_max, of_rows), (column_sum, column_max, of_columns)):
+        _combine[(triton.cdiv(count, _COMBINE_BLOCK), problems)](
+            part_sum, part_max, *out, tiles, count, scale, BLOCK=_COMBINE_BLOCK, **options(_COMBINE_THREADS)
+        )
+
+
+def backward(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor,
+    scale: float,
+    normalize: bool,
+    recenter: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ∂L/∂a and ∂L/∂b in the dtype of a, each only when needed."""
+    problems, count, hidden = a.shape
+    grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_a else None
+    grad_b = torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_b else None
+    if problems == 0 or not (need_a or need_b):
+        return grad_a, grad_b
+    a, b, grad = a.contiguous(), b.contiguous(), grad.contiguous()
+    with on_device_of(a):
+        if count > WHOLE_LIMIT or recenter:
+            return _tiled_gradient(
+                grad, a, b, of_rows, of_columns, scale, normalize, recenter, need_a, need_b
+            )
+        products, squares, splits = _whole_products(a, b)
+        tile, threads = _whole_tile(count)
+        weights = torch.empty((problems, count, count), dtype=torch.float32, device=a.device)
+        along = torch.empty((problems, 2, count), dtype=torch.float32, device=a.device)
+        _whole_weights[(problems,)](
+            products, squares, *of_rows, *of_columns, grad, weights, along, splits, count, scale,
+            NORMALIZE=normalize, TILE=tile, **options(2 * threads),
+        )  # fmt: skip
+        # 16-bit values are exact in TF32, and W keeps float32's range; float32 values need the exact product.
+        precision = "ieee" if a.dtype == torch.float32 else "tf32"
+        _whole_gradient[(triton.cdiv(hidden, _WHOLE_DEPTH), problems)](
+            a, b, weights, along, grad_a, grad_b, count, hidden,
+            PRECISION=precision, NORMALIZE=normalize, TILE=tile, DEPTH=_WHOLE_DEPTH, **options(threads),
+        )  # fmt: skip
+    return grad_a, grad_b
+
+
+def _tiled_gradient(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor,
+    scale: float,
+    normalize: bool,
+    recenter: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients from stripes of W. Wᵀ a is summed over the stripes in float32."""
+    problems, count, hidden = a.shape
+    compute = weights_dtype(a.dtype)
+    scaling = prepare(a, b, normalize, recenter)
+    left, right = a.to(compute), b.to(compute)
+    library = library_products(a.dtype)
+    sizes = tile_options(library)
+    tiles = triton.cdiv(count, sizes["TILE"])
+    product_a = torch.empty(a.shape, dtype=compute, device=a.device) if need_a else None
+    product_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if need_b else None
+    row_sums = torch.empty((problems, count), dtype=torch.float32, device=a.device) if recenter else None
+    for group in _groups(problems, count):
+        in_group = group.stop - group.start
+        partial = None
+        if row_sums is not None:
+            partial = torch.empty((in_group, tiles, count), dtype=torch.float32, device=a.device)
+        for first in range(0, count, _STRIPE_ROWS):
+            stripe = min(_STRIPE_ROWS, count - first)
+            rows = slice(first, first + stripe)
+            product = torch.bmm(a[group, rows], b[group].mT) if library else None
+            weights = product
+            if weights is None:
+                weights = torch.empty((in_group, stripe, count), dtype=compute, device=a.device)
+            _tile_weights[(triton.cdiv(stripe, sizes["TILE"]) * tiles, in_group)](
+                a[group], b[group], product, *scaling.of(group)[:3],
+                *of_rows[:, group], *of_columns[:, group], grad[group], weights, partial,
+                count, hidden, first, stripe, scale, UPCAST=a.device.type == "cpu", **sizes,
+            )  # fmt: skip
+            if product_a is not None:
+                torch.bmm(weights, right[group], out=product_a[group, rows])
+            if product_b is not None and compute == torch.float32:
+                product_b[group].baddbmm_(weights.mT, left[group, rows])
+            elif product_b is not None:
+                product_b[group] += torch.bmm(weights.mT, left[group, rows])
+            del product, weights  # before the next stripe is made
+        if row_sums is not None and partial is not None:
+            torch.sum(partial, 1, out=row_sums[group])
+    return through_unit(a, b, product_a, product_b, row_sums, scaling)
