@@ -163,6 +163,22 @@ class PairedComparison:
         """As a JSON object."""
         return {"format_version": FORMAT_VERSION, "kind": "comparison", **asdict(self)}
 
+    @classmethod
+    def load(cls, path: str | Path) -> PairedComparison:
+        """Read a file that holds :meth:`to_json`.
+
+        Raises:
+            ValueError: no such file, or not a comparison.
+        """
+        value = read_json(path, "the comparison that `shifcon evaluate --against` writes")
+        if value.get("kind") != "comparison" or value.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path}: not a comparison of format version {FORMAT_VERSION}")
+        accuracy, log_perplexity = (
+            {code: Interval(**interval) for code, interval in value[name].items()}
+            for name in ("accuracy", "log_perplexity")
+        )
+        return cls(value["model"], value["against"], accuracy, log_perplexity)
+
 
 def compare(
     result: EvaluationResult,

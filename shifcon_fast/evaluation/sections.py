@@ -1,0 +1,373 @@
+"""The sections of a report, each from the numbers it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shifcon_fast.evaluation import plots
+from shifcon_fast.evaluation.bootstrap import Interval
+from shifcon_fast.evaluation.comparison import Comparison
+from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
+from shifcon_fast.evaluation.page import (
+    Block,
+    Cell,
+    KeyFigure,
+    KeyFigures,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Tone,
+)
+from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
+from shifcon_fast.evaluation.retrieval import Retrieval
+
+_TONES: dict[str, Tone] = {"gain": "gain", "loss": "loss", "within noise": "noise"}
+_INTERVALS = "95 % intervals in brackets."
+_SEED_INTERVALS = (
+    "95 % intervals in brackets, over training seeds and questions "
+    "(two-way analysis of variance, Student's t)."
+)
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    """Summary, differences, accuracy and training curves of several systems."""
+    sections = [
+        Section(
+            "Summary",
+            [_key_figures(comparison), Text(comparison_findings(comparison), as_list=True)],
+        )
+    ]
+    if comparison.contenders:
+        sections.append(_differences(comparison))
+    sections.append(_accuracies(comparison))
+    if any(comparison.logs.values()):
+        sections.append(
+            training_section(
+                {system: list(runs.values()) for system, runs in comparison.logs.items() if runs},
+                systems=comparison.systems,
+            )
+        )
+    return sections
+
+
+def area_section(
+    boundaries: Sequence[int],
+    distances: Sequence[float],
+    floor: Sequence[float],
+    *,
+    area: tuple[int, int],
+    pivot: str,
+    reason: str = "",
+    by_language: Mapping[str, Sequence[float]] | None = None,
+) -> Section:
+    """Where to shift: the subspace distance at every boundary, and the area chosen."""
+    forward, backward = area
+    picture = Picture.draw(
+        plots.distance_plot,
+        boundaries,
+        distances,
+        floor,
+        area=area,
+        by_language=by_language,
+        alt=f"Subspace distance to {pivot} by boundary, with its noise floor; boundaries {forward} to "
+        f"{backward - 1} are shaded.",
+        caption="The noise floor is the distance between two halves of one language's sentences: how far apart "
+        "samples of the same thing lie. A distance close to it says nothing.",
+    )
+    text = (
+        f"Hidden states of other languages are moved to {pivot} at boundary {forward} and back at "
+        f"boundary {backward}."
+    )
+    return Section("Layer area", [Text([text, *([reason] if reason else [])]), picture])
+
+
+def training_section(
+    logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, systems: Sequence[str] = ()
+) -> Section:
+    """Loss curves: system → a log for each seed."""
+    picture = Picture.draw(
+        plots.loss_plot,
+        logs,
+        systems=systems,
+        alt="Generation loss and contrastive loss by training step.",
+        caption="Thin: every logged step of every run. Bold: averaged over a twentieth of the run and over seeds. "
+        "Losses are shown before their weights.",
+    )
+    return Section("Training", [picture])
+
+
+def accuracy_section(
+    result: EvaluationResult, other: EvaluationResult | None = None, against: PairedComparison | None = None
+) -> Section:
+    """Right answers by language, alone or beside a second model."""
+    if not result.outcomes:
+        return Section("Answers")
+    shares = {"evaluated model": result.accuracy()}
+    if other is not None and other.outcomes:
+        shares = {"compared with": other.accuracy(), **shares}
+    language = result.answer_language()
+    header = [
+        "language",
+        *shares,
+        *(["difference"] if against and against.accuracy else []),
+        "in its language",
+    ]
+    rows: list[list[Cell | str]] = []
+    for code in result.accuracy():
+        row: list[Cell | str] = [code]
+        row += [_share(found[code]) if code in found else "–" for found in shares.values()]
+        if against and against.accuracy:
+            row.append(_difference(against.accuracy[code]) if code in against.accuracy else "–")
+        said = language[code]
+        row.append("undecided" if said is None else _share(said))
+        rows.append(row)
+    picture = Picture.draw(
+        plots.accuracy_plot,
+        {"right answers by language": shares},
+        alt="Share of right answers by language, with intervals.",
+    )
+    caption = (
+        "Exact match of the final answer, greedy decoding. Wilson intervals; differences by paired bootstrap over "
+        "the same questions. The last column counts the answers whose language can be told."
+    )
+    return Section("Answers", [picture, Table(header, rows, caption)])
+
+
+def retrieval_section(result: EvaluationResult, other: EvaluationResult | None = None) -> Section:
+    """Do translations find each other? By boundary, and between all languages before and after."""
+    if not result.retrieval:
+        return Section("Retrieval")
+    found = result.retrieval[result.mode]
+    area = (result.area["forward"], result.area["backward"]) if result.area else None
+    blocks: list[Block] = [
+        Text(
+            [
+                f"Of {found.sentences} sentences, the share whose translation is nearer (cosine of mean hidden "
+                f"states) than every other sentence; chance is {100 / found.sentences:.1f} %. MEXA asks it of both "
+                "directions at once."
+            ]
+        )
+    ]
+    if found.boundaries and found.scores:
+        measures = {
+            "retrieval, mean of both directions": {
+                mode: {
+                    code: [(a + b) / 2 for a, b in zip(scores.to_pivot, scores.from_pivot, strict=True)]
+                    for code, scores in measured.scores.items()
+                }
+                for mode, measured in result.retrieval.items()
+            },
+            "MEXA": {
+                mode: {code: scores.mexa for code, scores in measured.scores.items()}
+                for mode, measured in result.retrieval.items()
+            },
+        }
+        blocks.append(
+            Picture.draw(
+                plots.retrieval_by_boundary_plot,
+                found.boundaries,
+                measures,
+                area=area,
+                alt="Retrieval and MEXA against the pivot by boundary.",
+                caption=f"Against the pivot {found.pivot}, at every boundary.",
+            )
+        )
+    blocks.append(_matrices(result, other))
+    copies = {code: count for code, count in found.duplicates.items() if count}
+    if copies:
+        listed = ", ".join(f"{code} {count}" for code, count in copies.items())
+        blocks.append(Text([f"Sentences with an exact copy, which cannot be found: {listed}."]))
+    return Section("Retrieval", blocks)
+
+
+def perplexity_section(result: EvaluationResult, against: PairedComparison | None = None) -> Section:
+    """Perplexity by language and mode."""
+    if not result.perplexity:
+        return Section("Perplexity")
+    compared = against.log_perplexity if against else {}
+    header = ["language", *result.perplexity, *(["change"] if compared else [])]
+    rows: list[list[Cell | str]] = []
+    for code in next(iter(result.perplexity.values())):
+        row: list[Cell | str] = [code]
+        row += [f"{languages[code].value:,.2f}" for languages in result.perplexity.values()]
+        if compared:
+            row.append(_change(compared[code]) if code in compared else "–")
+        rows.append(row)
+    caption = (
+        "Whole sentences, every token weighs the same. Compare models on one language; across languages the "
+        "tokenizer is compared as well."
+    )
+    return Section("Perplexity", [Table(header, rows, caption)])
+
+
+def settings_section(groups: Mapping[str, Mapping[str, Any]]) -> Section:
+    """What the numbers depend on: title → name → value."""
+    blocks = [
+        Table([title, ""], [[name, _plain(value)] for name, value in values.items()])
+        for title, values in groups.items()
+        if values
+    ]
+    return Section("Settings and versions", blocks)
+
+
+def _key_figures(comparison: Comparison) -> KeyFigures:
+    group = comparison.groups[0] if len(comparison.groups) > 1 else None
+    note = f"on what was {group}" if group else ""
+    others, pivot = comparison.others, [comparison.pivot]
+    figures = []
+    for system in [name for name in (comparison.before, comparison.baseline) if name]:
+        share = comparison.share(system, others, group)
+        figures.append(
+            KeyFigure(
+                f"{100 * share.estimate:.1f} %", f"{', '.join(others)}: {system}", note or percent(share)
+            )
+        )
+    for system in comparison.contenders[-1:]:
+        for languages, name in ((others, "other languages"), (pivot, f"pivot {comparison.pivot}")):
+            change = comparison.difference(system, comparison.baseline, languages, group)
+            figures.append(
+                KeyFigure(
+                    points(change).partition(" points")[0],
+                    f"points, {name}: {system} against {comparison.baseline}",
+                    f"{points(change).partition(' points ')[2]}, {verdict(change)}",
+                    _TONES[verdict(change)],
+                )
+            )
+    return KeyFigures(figures)
+
+
+def _differences(comparison: Comparison) -> Section:
+    columns = [([code], code) for code in comparison.languages]
+    if len(comparison.others) > 1:
+        columns.append((comparison.others, f"mean of {', '.join(comparison.others)}"))
+    blocks: list[Block] = [
+        Picture.draw(
+            plots.difference_plot,
+            {
+                group: {
+                    system: {
+                        code: comparison.difference(system, comparison.baseline, [code], group)
+                        for code in comparison.languages
+                    }
+                    for system in comparison.contenders
+                }
+                for group in comparison.groups
+            },
+            ylabel=f"points, against {comparison.baseline}",
+            systems=comparison.systems,
+            alt=f"Differences to {comparison.baseline} by language and system, with intervals.",
+            caption="An interval that crosses zero is a difference within noise.",
+        )
+    ]
+    for group in comparison.groups:
+        rows: list[list[Cell | str]] = [
+            [
+                system,
+                *(
+                    _difference(comparison.difference(system, comparison.baseline, languages, group))
+                    for languages, _ in columns
+                ),
+            ]
+            for system in comparison.contenders
+        ]
+        caption = (
+            f"{_sentence(group)}: points more than {comparison.baseline}, paired by seed and question. "
+            f"{_INTERVALS}"
+        )
+        blocks.append(Table(["system", *(name for _, name in columns)], rows, caption))
+    return Section(f"Against {comparison.baseline}", blocks)
+
+
+def _accuracies(comparison: Comparison) -> Section:
+    blocks: list[Block] = [
+        Picture.draw(
+            plots.accuracy_plot,
+            {
+                group: {
+                    system: {code: comparison.share(system, [code], group) for code in comparison.languages}
+                    for system in comparison.systems
+                }
+                for group in comparison.groups
+            },
+            systems=comparison.systems,
+            alt="Share of right answers by language and system, with intervals.",
+        )
+    ]
+    for group in comparison.groups:
+        rows: list[list[Cell | str]] = [
+            [system, *(_share(comparison.share(system, [code], group)) for code in comparison.languages)]
+            for system in comparison.systems
+        ]
+        caption = f"{_sentence(group)}: right answers. {_SEED_INTERVALS}"
+        blocks.append(Table(["system", *comparison.languages], rows, caption))
+    blocks.append(_by_seed(comparison))
+    return Section("Right answers", blocks)
+
+
+def _by_seed(comparison: Comparison) -> Table:
+    """Every seed on its own, so that nothing hides in an average."""
+    rows: list[list[Cell | str]] = []
+    for system, seeds in comparison.outcomes.items():
+        row: list[Cell | str] = [system]
+        for code in comparison.languages:
+            shares = [[outcome.correct for outcome in found.get(code, ())] for found in seeds.values()]
+            row.append(
+                " · ".join(f"{100 * sum(right) / len(right):.1f}" if right else "–" for right in shares)
+            )
+        rows.append(row)
+    seeds = ", ".join(comparison.seeds)
+    caption = f"Every run on its own, in percent of all questions; seeds {seeds} in this order."
+    return Table(["system", *comparison.languages], rows, caption)
+
+
+def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Picture:
+    after: Retrieval = result.retrieval[result.mode]
+    before: Retrieval | None = None
+    titles: tuple[str, str] = (result.mode, result.mode)
+    if other is not None and other.retrieval and other.retrieval[other.mode].languages == after.languages:
+        before, titles = other.retrieval[other.mode], ("compared with", "evaluated model")
+    elif result.mode == "shifted":
+        before, titles = result.retrieval["unshifted"], ("unshifted", "shifted")
+    return Picture.draw(
+        plots.retrieval_matrix_plot,
+        after.languages,
+        before.matrix if before is not None else after.matrix,
+        after.matrix if before is not None else None,
+        titles=titles,
+        alt="Top-1 retrieval between all pairs of languages.",
+        caption=f"Top-1 retrieval between all pairs of languages at boundary {after.matrix_boundary}, in percent.",
+    )
+
+
+def _share(interval: Interval) -> Cell:
+    return Cell(f"{100 * interval.estimate:.1f} %", f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
+
+
+def _difference(interval: Interval) -> Cell:
+    estimate, _, rest = points(interval).partition(" points ")
+    return Cell(estimate, rest, _TONES[verdict(interval)])
+
+
+def _change(log_ratio: Interval) -> Cell:
+    """A ratio of perplexities in percent; below zero is a gain."""
+    estimate, low, high = (
+        f"{100 * math.expm1(value):+.1f}".replace("-", "−")
+        for value in (log_ratio.estimate, log_ratio.low, log_ratio.high)
+    )
+    meant = verdict(Interval(-log_ratio.estimate, -log_ratio.high, -log_ratio.low))
+    return Cell(f"{estimate} %", f"[{low}, {high}]", _TONES[meant])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {inner}" for name, inner in value.items()) or "none"
+    return "none" if value is None else str(value)
