@@ -87,8 +87,7 @@ def retrieval_matrix_plot(
     figure, all_axes = new_figure(
         theme, len(matrices), height=side + 0.5, width=WIDTH if after else WIDTH * 0.6
     )
-    colours = LinearSegmentedColormap.from_list("heat", theme.heat)
-    colours.set_bad(theme.grid)
+    colours = LinearSegmentedColormap.from_list("heat", theme.heat).with_extremes(bad=theme.grid)
     for axes, matrix, title in zip(all_axes, matrices, titles, strict=False):
         values = np.array([[math.nan if v is None else v for v in row] for row in matrix], dtype=float)
         image = axes.imshow(values, cmap=colours, vmin=0, vmax=1)

@@ -318,8 +318,8 @@ def _by_seed(comparison: Comparison) -> Table:
                 " · ".join(f"{100 * sum(right) / len(right):.1f}" if right else "–" for right in shares)
             )
         rows.append(row)
-    seeds = ", ".join(comparison.seeds)
-    caption = f"Every run on its own, in percent of all questions; seeds {seeds} in this order."
+    order = ", ".join(comparison.seeds)
+    caption = f"Every run on its own, in percent of all questions; seeds {order} in this order."
     return Table(["system", *comparison.languages], rows, caption)
 
 
