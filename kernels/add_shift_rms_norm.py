@@ -376,8 +376,8 @@ _TILE = 2048
 # The persistent backward also holds a float32 sum and the weight, 2 registers an element, so it ends earlier.
 _PERSISTENT_LIMIT = 8192
 _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR = ((1024, 8), (2048, 4), (4096, 2), (8192, 1))
-# Column sums: 16 rows × 256 columns for 128 threads are four 128-bit loads a thread and tensor.
-_COLUMN_ROWS, _COLUMN_BLOCK, _COLUMN_THREADS = 16, 256, 128
+# Column sums: 8 rows × 512 columns for 128 threads are four 128-bit loads a thread and tensor.
+_COLUMN_ROWS, _COLUMN_BLOCK, _COLUMN_THREADS = 8, 512, 128
 _LOOP_BLOCK, _LOOP_THREADS = 4096, 256
 
 

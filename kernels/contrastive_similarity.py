@@ -29,60 +29,66 @@ from .launch import multiprocessors, on_device_of, options
 
 
 @triton.jit
-def product_tile(
-    a_ptr, b_ptr, row, column, rows, columns, first, last, hidden,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """a_n · b_m over the columns first ... last - 1 of a tile; the pointers are those of one problem."""
-    total = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    for start in range(first, last, DEPTH):
+def _product_tile(
+    a_ptr, b_ptr, rows, columns, hidden, UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
+    """a_n · b_m of a tile; the pointers are at its first rows, of which there are ``rows`` and ``columns`` left."""
+    local = tl.arange(0, TILE)[:, None]
+    products = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, hidden, DEPTH):
         depth = start + tl.arange(0, DEPTH)[None, :]
-        inside = depth < last
-        a = tl.load(a_ptr + row[:, None] * hidden + depth, mask=(row < rows)[:, None] & inside, other=0.0)
-        b = tl.load(
-            b_ptr + column[:, None] * hidden + depth, mask=(column < columns)[:, None] & inside, other=0.0
-        )
+        at = local * hidden + depth
+        a = tl.load(a_ptr + at, mask=(local < rows) & (depth < hidden), other=0.0)
+        b = tl.load(b_ptr + at, mask=(local < columns) & (depth < hidden), other=0.0)
         if UPCAST:  # the interpreter has no bfloat16 arithmetic
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
-    return total
+        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    return products
 
 
 @triton.jit
-def logits_tile(
-    a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
-    problem, row, column, rows, columns, first_row, stripe, hidden, scale,
-    UPCAST: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """A tile of S. The products are read where the library wrote them (a stripe of rows), else computed here."""
-    if product_ptr is not None:
-        at = (problem * stripe + row - first_row)[:, None] * columns + column[None, :]
-        live = (row < first_row + stripe)[:, None] & (column < columns)[None, :]
-        logits = tl.load(product_ptr + at, mask=live, other=0.0)
-    else:
-        a_start = a_ptr + problem * rows * hidden
-        b_start = b_ptr + problem * columns * hidden
-        logits = product_tile(
-            a_start, b_start, row, column, rows, columns, 0, hidden, hidden, "ieee", UPCAST, DEPTH
-        )  # fmt: skip
-    if inverse_a_ptr is not None:
-        logits *= tl.load(inverse_a_ptr + problem * rows + row, mask=row < rows, other=0.0)[:, None]
-        logits *= tl.load(inverse_b_ptr + problem * columns + column, mask=column < columns, other=0.0)[
-            None, :
-        ]
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + problem * rows + row, mask=row < rows, other=0.0)[:, None]
-    return logits * scale
-
-
-@triton.jit
-def tile_position(row_tiles, column_tiles, TILE: tl.constexpr):
+def tile_start(row_tiles, column_tiles, TILE: tl.constexpr):
     """First row and column of this program's tile; eight rows of tiles go together, so that L2 holds their inputs."""
     program = tl.program_id(0)
     tile_row, tile_column = tl.swizzle2d(
         program // column_tiles, program % column_tiles, row_tiles, column_tiles, 8
     )
-    return tile_row.to(tl.int64) * TILE, tile_column.to(tl.int64) * TILE
+    return tile_row * TILE, tile_column * TILE
+
+
+@triton.jit
+def tile_pointers(ptr, problem, rows, columns, row_start, column_start, TILE: tl.constexpr):
+    """Where a tile of an (L, rows, columns) matrix lies: 64 bits for its corner, 32 within it."""
+    local = tl.arange(0, TILE)
+    corner = ptr + ((problem * rows + row_start) * columns + column_start)
+    return corner + (local[:, None] * columns + local[None, :])
+
+
+@triton.jit
+def logits_tile(
+    a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
+    problem, row_start, column_start, rows, columns, first_row, stripe, hidden, scale,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of S. Products are read where the library wrote them (for a stripe of rows), else computed here."""
+    row = row_start + tl.arange(0, TILE)
+    column = column_start + tl.arange(0, TILE)
+    if product_ptr is not None:
+        at = tile_pointers(product_ptr, problem, stripe, columns, row_start - first_row, column_start, TILE)
+        logits = tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+    else:
+        a_start = a_ptr + (problem * rows + row_start) * hidden
+        b_start = b_ptr + (problem * columns + column_start) * hidden
+        left = rows - row_start
+        logits = _product_tile(a_start, b_start, left, columns - column_start, hidden, UPCAST, TILE, DEPTH)
+    if inverse_a_ptr is not None:
+        inverse_a = tl.load(inverse_a_ptr + problem * rows + row, mask=row < rows, other=0.0)
+        inverse_b = tl.load(inverse_b_ptr + problem * columns + column, mask=column < columns, other=0.0)
+        logits *= inverse_a[:, None]
+        logits *= inverse_b[None, :]
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + problem * rows + row, mask=row < rows, other=0.0)[:, None]
+    return logits * scale
 
 
 @triton.jit
@@ -93,15 +99,15 @@ def _write_logits(
 ):  # fmt: skip
     """One tile of S, written out. ``out`` may be the library's products themselves."""
     problem = tl.program_id(1).to(tl.int64)
-    row_start, column_start = tile_position(tl.cdiv(rows, TILE), tl.cdiv(columns, TILE), TILE)
-    row = row_start + tl.arange(0, TILE)
-    column = column_start + tl.arange(0, TILE)
+    row_start, column_start = tile_start(tl.cdiv(rows, TILE), tl.cdiv(columns, TILE), TILE)
     logits = logits_tile(
         a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
-        problem, row, column, rows, columns, 0, rows, hidden, scale, UPCAST, DEPTH,
+        problem, row_start, column_start, rows, columns, 0, rows, hidden, scale, UPCAST, TILE, DEPTH,
     )  # fmt: skip
-    at = (problem * rows + row)[:, None] * columns + column[None, :]
-    tl.store(out_ptr + at, logits, mask=(row < rows)[:, None] & (column < columns)[None, :])
+    row = row_start + tl.arange(0, TILE)
+    column = column_start + tl.arange(0, TILE)
+    at = tile_pointers(out_ptr, problem, rows, columns, row_start, column_start, TILE)
+    tl.store(at, logits, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows_of_a", "rows_of_b"])
@@ -147,40 +153,45 @@ def _weighted_sums(
     tl.store(partial_ptr + at, tl.sum(total, axis=0), mask=column < hidden)
 
 
-@triton.jit(do_not_specialize=["rows", "all_rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _row_products(
-    x_ptr, inverse_ptr, offset_ptr, out_ptr, rows, all_rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, inverse_ptr, offset_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """r_n = α_n a_n · o."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    present = row < all_rows
-    problem = row // rows
+    problem = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present = local < rows
+    row = problem * rows + local
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, hidden, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        live = present[:, None] & (column < hidden)
-        x = tl.load(x_ptr + row[:, None] * hidden + column, mask=live, other=0.0).to(tl.float32)
-        total += x * tl.load(offset_ptr + problem[:, None] * hidden + column, mask=live, other=0.0)
+        column = start + tl.arange(0, BLOCK)
+        live = present[:, None] & (column < hidden)[None, :]
+        x = tl.load(x_ptr + row[:, None] * hidden + column[None, :], mask=live, other=0.0).to(tl.float32)
+        total += x * tl.load(offset_ptr + problem * hidden + column, mask=column < hidden, other=0.0)[None, :]
     products = tl.sum(total, axis=1)
     if inverse_ptr is not None:
         products *= tl.load(inverse_ptr + row, mask=present, other=0.0)
     tl.store(out_ptr + row, products, mask=present)
 
 
-@triton.jit(do_not_specialize=["rows", "all_rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _gradient_weights(
-    grad_ptr, inverse_a_ptr, inverse_b_ptr, out_ptr, rows, all_rows, columns, scale: tl.float32,
+    grad_ptr, inverse_a_ptr, inverse_b_ptr, out_ptr, rows, columns, scale: tl.float32,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """W from ∂L/∂S, in tiles."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    live = (row < all_rows) & (column < columns)
-    grad = tl.load(grad_ptr + row * columns + column, mask=live, other=0.0).to(tl.float32) * scale
-    if inverse_a_ptr is not None:
-        grad *= tl.load(inverse_a_ptr + row, mask=row < all_rows, other=0.0)
-        grad *= tl.load(inverse_b_ptr + (row // rows) * columns + column, mask=live, other=0.0)
-    tl.store(out_ptr + row * columns + column, grad.to(out_ptr.dtype.element_ty), mask=live)
+    problem = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = problem * rows + local
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = (local < rows)[:, None] & (column < columns)[None, :]
+        at = row[:, None] * columns + column[None, :]
+        grad = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32) * scale
+        if inverse_a_ptr is not None:
+            inverse_b = tl.load(inverse_b_ptr + problem * columns + column, mask=column < columns, other=0.0)
+            grad *= tl.load(inverse_a_ptr + row, mask=local < rows, other=0.0)[:, None] * inverse_b[None, :]
+        tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -198,25 +209,26 @@ def _row_gradient(
     common_factor,
 ):
     """p_n or t_m of a tile: the product with W, plus what comes through o."""
-    grad = tl.load(product_ptr + row * hidden + column, mask=live, other=0.0).to(tl.float32)
+    grad = tl.load(product_ptr + row * hidden + column[None, :], mask=live, other=0.0).to(tl.float32)
     if common_ptr is not None:
-        at = problem * hidden + column
-        through = tl.load(common_ptr + at, mask=live, other=0.0) * common_factor
+        at, inside = problem * hidden + column, column < hidden
+        through = tl.load(common_ptr + at, mask=inside, other=0.0)[None, :] * common_factor
         if offset_ptr is not None:
-            through += tl.load(offset_ptr + at, mask=live, other=0.0) * row_factor
+            through += tl.load(offset_ptr + at, mask=inside, other=0.0)[None, :] * row_factor
         grad += through * inverse
     return grad
 
 
-@triton.jit(do_not_specialize=["rows", "all_rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _through_unit(
     product_ptr, x_ptr, inverse_ptr, row_factor_ptr, offset_ptr, common_ptr, out_ptr,
-    rows, all_rows, hidden, common_factor: tl.float32, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, hidden, common_factor: tl.float32, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p - x α² (x · p); ``out`` may be the product itself."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    present = row < all_rows
-    problem = row // rows
+    problem = tl.program_id(1).to(tl.int64)
+    local = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    present = local < rows
+    row = problem * rows + local
     inverse = tl.full((ROWS, 1), 1.0, tl.float32)
     row_factor = tl.zeros((ROWS, 1), tl.float32)
     along = tl.zeros((ROWS, 1), tl.float32)
@@ -226,26 +238,27 @@ def _through_unit(
         inverse = tl.load(inverse_ptr + row, mask=present, other=0.0)
         products = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, hidden, BLOCK):
-            column = start + tl.arange(0, BLOCK)[None, :]
-            live = present & (column < hidden)
+            column = start + tl.arange(0, BLOCK)
+            live = present & (column < hidden)[None, :]
             grad = _row_gradient(
                 product_ptr, common_ptr, offset_ptr,
                 row, problem, column, live, hidden, inverse, row_factor, common_factor,
             )  # fmt: skip
-            x = tl.load(x_ptr + row * hidden + column, mask=live, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * hidden + column[None, :], mask=live, other=0.0).to(tl.float32)
             products += grad * (x * inverse)
         along = tl.sum(products, axis=1)[:, None]
     for start in range(0, hidden, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        live = present & (column < hidden)
+        column = start + tl.arange(0, BLOCK)
+        live = present & (column < hidden)[None, :]
         grad = _row_gradient(
             product_ptr, common_ptr, offset_ptr,
             row, problem, column, live, hidden, inverse, row_factor, common_factor,
         )  # fmt: skip
+        at = row * hidden + column[None, :]
         if inverse_ptr is not None:
-            x = tl.load(x_ptr + row * hidden + column, mask=live, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
             grad -= (x * inverse) * along
-        tl.store(out_ptr + row * hidden + column, grad.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=live)
 
 
 # Tiles of products: 128 × 128 × 64 in 16 bits is 64 float32 sums a thread of 256, and 3 stages of 32 KiB of shared
@@ -257,7 +270,7 @@ TILE, DEPTH, TILE_THREADS, TILE_STAGES = 128, 64, 256, 3
 # A tile of finished products only passes through registers: 64 × 64 for 128 threads are 32 values a thread.
 LIBRARY_TILE, LIBRARY_THREADS = 64, 128
 _ROW_ELEMENTS, _ROW_THREADS = 2048, 128
-_SUM_ROWS, _SUM_BLOCK = 16, 256
+_SUM_ROWS, _SUM_BLOCK = 8, 512
 
 
 class Scaling(NamedTuple):
@@ -279,10 +292,13 @@ def library_products(dtype: torch.dtype) -> bool:
 
 
 def tile_options(library: bool) -> dict[str, int | bool]:
-    """Tile sizes and compile options of the kernels built on :func:`logits_tile`."""
+    """Tile sizes and compile options of the kernels built on :func:`logits_tile`.
+
+    Nothing is fused with the last multiplication of a logit, so that forward and backward round it alike.
+    """
     if library:
-        return {"TILE": LIBRARY_TILE, "DEPTH": DEPTH, **options(LIBRARY_THREADS)}
-    return {"TILE": TILE, "DEPTH": DEPTH, **options(TILE_THREADS, TILE_STAGES)}
+        return {"TILE": LIBRARY_TILE, "DEPTH": DEPTH, **options(LIBRARY_THREADS, fuse=False)}
+    return {"TILE": TILE, "DEPTH": DEPTH, **options(TILE_THREADS, TILE_STAGES, fuse=False)}
 
 
 def _row_tile(hidden: int) -> dict[str, int | bool]:
@@ -324,8 +340,8 @@ def prepare(a: Tensor, b: Tensor, normalize: bool, recenter: bool) -> Scaling:
         weight_b = b.new_ones((problems, columns), dtype=torch.float32) if inverse_b is None else inverse_b
         offset = weighted_sum(a, weight_a) / rows - weighted_sum(b, weight_b) / columns
         bias = torch.empty((problems, rows), dtype=torch.float32, device=a.device)
-        _row_products[(triton.cdiv(problems * rows, tile["ROWS"]),)](
-            a, inverse_a, offset, bias, rows, problems * rows, hidden, **tile
+        _row_products[(triton.cdiv(rows, tile["ROWS"]), problems)](
+            a, inverse_a, offset, bias, rows, hidden, **tile
         )
     return Scaling(inverse_a, inverse_b, bias, offset)
 
@@ -355,9 +371,9 @@ def through_unit(
         out = product if product.dtype == x.dtype else torch.empty_like(x)
         if inverse is not None or common is not None or out is not product:
             tile = _row_tile(hidden)
-            _through_unit[(triton.cdiv(problems * rows, tile["ROWS"]),)](
+            _through_unit[(triton.cdiv(rows, tile["ROWS"]), problems)](
                 product, x, inverse, row_factor, own_offset, common, out,
-                rows, problems * rows, hidden, sign / rows, **tile,
+                rows, hidden, sign / rows, **tile,
             )  # fmt: skip
         gradients.append(out)
     return gradients[0], gradients[1]
@@ -410,8 +426,8 @@ def backward(
         compute = weights_dtype(a.dtype)
         weights = torch.empty(grad.shape, dtype=compute, device=a.device)
         tile = _row_tile(columns)
-        _gradient_weights[(triton.cdiv(problems * rows, tile["ROWS"]), triton.cdiv(columns, tile["BLOCK"]))](
-            grad, scaling.inverse_a, scaling.inverse_b, weights, rows, problems * rows, columns, scale, **tile
+        _gradient_weights[(triton.cdiv(rows, tile["ROWS"]), problems)](
+            grad, scaling.inverse_a, scaling.inverse_b, weights, rows, columns, scale, **tile
         )
         return through_unit(
             a,

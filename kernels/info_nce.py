@@ -32,7 +32,8 @@ from .contrastive_similarity import (
     prepare,
     through_unit,
     tile_options,
-    tile_position,
+    tile_pointers,
+    tile_start,
     weights_dtype,
 )
 from .launch import multiprocessors, on_device_of, options
@@ -40,7 +41,7 @@ from .launch import multiprocessors, on_device_of, options
 # ---------------------------------------------------------------------------------------------------- one tile, N ≤ 128
 
 
-@triton.jit(do_not_specialize=["depth_per_split"])
+@triton.jit
 def _split_products(
     a_ptr, b_ptr, product_ptr, squares_ptr, count, hidden, depth_per_split,
     UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
@@ -48,7 +49,9 @@ def _split_products(
     """a_i · b_j, ‖a_i‖² and ‖b_j‖² over a part of d, for a whole problem."""
     problem, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.arange(0, TILE)
-    start_of_problem = problem * count * hidden
+    present = (row < count)[:, None]
+    a_start = a_ptr + problem * count * hidden
+    b_start = b_ptr + problem * count * hidden
     first = split * depth_per_split
     last = tl.minimum(first + depth_per_split, hidden)
     products = tl.zeros((TILE, TILE), tl.float32)
@@ -56,27 +59,25 @@ def _split_products(
     squares_b = tl.zeros((TILE,), tl.float32)
     for start in range(first, last, DEPTH):
         depth = start + tl.arange(0, DEPTH)[None, :]
-        live = (row < count)[:, None] & (depth < last)
-        at = start_of_problem + row[:, None] * hidden + depth
-        a = tl.load(a_ptr + at, mask=live, other=0.0)
-        b = tl.load(b_ptr + at, mask=live, other=0.0)
+        # A split is a multiple of DEPTH wide, so that only the last one can end inside a block: at d.
+        live = present & (depth < hidden)
+        a = tl.load(a_start + row[:, None] * hidden + depth, mask=live, other=0.0)
+        b = tl.load(b_start + row[:, None] * hidden + depth, mask=live, other=0.0)
         squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
         squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
         if UPCAST:  # the interpreter has no bfloat16 arithmetic
             a, b = a.to(tl.float32), b.to(tl.float32)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     slot = problem * tl.num_programs(1) + split
-    at = (slot * count + row)[:, None] * count + row[None, :]
-    tl.store(product_ptr + at, products, mask=(row < count)[:, None] & (row < count)[None, :])
+    at = tile_pointers(product_ptr, slot, count, count, 0, 0, TILE)
+    tl.store(at, products, mask=present & (row < count)[None, :])
     tl.store(squares_ptr + slot * 2 * count + row, squares_a, mask=row < count)
     tl.store(squares_ptr + slot * 2 * count + count + row, squares_b, mask=row < count)
 
 
 @triton.jit
-def _whole_logits(
-    product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE: tl.constexpr, TILE: tl.constexpr
-):
-    """Add the splits: a problem's S, the products it comes from, and α, β."""
+def _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE: tl.constexpr):
+    """Add the splits."""
     row = tl.arange(0, TILE)
     inside = (row < count)[:, None] & (row < count)[None, :]
     products = tl.zeros((TILE, TILE), tl.float32)
@@ -84,17 +85,26 @@ def _whole_logits(
     squares_b = tl.zeros((TILE,), tl.float32)
     for split in range(splits):
         slot = problem * splits + split
-        at = (slot * count + row)[:, None] * count + row[None, :]
-        products += tl.load(product_ptr + at, mask=inside, other=0.0)
+        at = tile_pointers(product_ptr, slot, count, count, 0, 0, TILE)
+        products += tl.load(at, mask=inside, other=0.0)
         squares_a += tl.load(squares_ptr + slot * 2 * count + row, mask=row < count, other=0.0)
         squares_b += tl.load(squares_ptr + slot * 2 * count + count + row, mask=row < count, other=0.0)
-    inverse_a = tl.full((TILE,), 1.0, tl.float32)
-    inverse_b = tl.full((TILE,), 1.0, tl.float32)
+    return products, squares_a, squares_b
+
+
+@triton.jit
+def _inverse_root(squares):
+    """1 / √squares, and 0 for a zero row."""
+    return tl.where(squares > 0, 1.0 / tl.sqrt_rn(tl.where(squares > 0, squares, 1.0)), 0.0)
+
+
+@triton.jit
+def _whole_logits(products, squares_a, squares_b, scale, NORMALIZE: tl.constexpr):
+    """S of a problem. Forward and backward must round alike: exp(S - m) of the largest logit has to be 1 in both."""
     if NORMALIZE:
-        inverse_a = tl.where(squares_a > 0, 1.0 / tl.sqrt_rn(tl.where(squares_a > 0, squares_a, 1.0)), 0.0)
-        inverse_b = tl.where(squares_b > 0, 1.0 / tl.sqrt_rn(tl.where(squares_b > 0, squares_b, 1.0)), 0.0)
-    logits = products * inverse_a[:, None] * inverse_b[None, :] * scale
-    return logits, products, inverse_a, inverse_b
+        products *= _inverse_root(squares_a)[:, None]
+        products *= _inverse_root(squares_b)[None, :]
+    return products * scale
 
 
 @triton.jit
@@ -114,7 +124,8 @@ def _whole_loss(
     problem = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, TILE)
     present = row < count
-    logits, _, _, _ = _whole_logits(product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE, TILE)
+    products, squares_a, squares_b = _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE)
+    logits = _whole_logits(products, squares_a, squares_b, scale, NORMALIZE)
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], logits, 0.0), axis=1)
     logits = tl.where(present[:, None] & present[None, :], logits, -float("inf"))
     row_max, row_sum = _maximum_and_sum(logits, present, 1)
@@ -154,52 +165,71 @@ def _whole_weights(
     row = tl.arange(0, TILE)
     present = row < count
     inside = present[:, None] & present[None, :]
-    logits, products, inverse_a, inverse_b = _whole_logits(
-        product_ptr, squares_ptr, problem, splits, count, scale, NORMALIZE, TILE
-    )
+    products, squares_a, squares_b = _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE)
+    logits = _whole_logits(products, squares_a, squares_b, scale, NORMALIZE)
     weights = _tile_of_weights(
         logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, row, count
     )
     weights *= tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
-    weights = tl.where(inside, weights * inverse_a[:, None] * inverse_b[None, :], 0.0)
-    tl.store(weights_ptr + (problem * count + row)[:, None] * count + row[None, :], weights, mask=inside)
     if NORMALIZE:
-        along_a = tl.sum(weights * products, axis=1) * inverse_a * inverse_a
-        along_b = tl.sum(weights * products, axis=0) * inverse_b * inverse_b
+        inverse_a, inverse_b = _inverse_root(squares_a), _inverse_root(squares_b)
+        weights *= inverse_a[:, None]
+        weights *= inverse_b[None, :]
+        terms = tl.where(inside, weights * products, 0.0)
+        along_a = tl.sum(terms, axis=1) * inverse_a * inverse_a
+        along_b = tl.sum(terms, axis=0) * inverse_b * inverse_b
         tl.store(along_ptr + problem * 2 * count + row, along_a, mask=present)
         tl.store(along_ptr + problem * 2 * count + count + row, along_b, mask=present)
+    tl.store(tile_pointers(weights_ptr, problem, count, count, 0, 0, TILE), weights, mask=inside)
 
 
 @triton.jit
 def _whole_gradient(
     a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden,
-    PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂loss/∂a = W b - α² (a · p) a and ∂loss/∂b = Wᵀ a - β² (b · t) b, a block of columns of one problem."""
+    """∂loss/∂a = W b - α² (a · p) a, and (programs of axis 2) ∂loss/∂b = Wᵀ a - β² (b · t) b, for a block of columns."""
     problem = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, TILE)
-    depth = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
-    present = row < count
-    inside = present[:, None] & present[None, :]
-    live = present[:, None] & (depth < hidden)[None, :]
-    at = (problem * count + row)[:, None] * hidden + depth[None, :]
-    weights = tl.load(
-        weights_ptr + (problem * count + row)[:, None] * count + row[None, :], mask=inside, other=0.0
-    )
-    a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=live, other=0.0).to(tl.float32)
-    if grad_a_ptr is not None:
-        grad = tl.dot(weights, b, input_precision=PRECISION)
+    a_start = a_ptr + problem * count * hidden
+    b_start = b_ptr + problem * count * hidden
+    weights_start = weights_ptr + problem * count * count
+    along_start = along_ptr + problem * 2 * count
+    if tl.program_id(2) == 0:
+        _half_gradient(
+            a_start, b_start, weights_start, along_start, grad_a_ptr, problem, count, hidden, count, 1,
+            PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
+        )  # fmt: skip
+    else:
+        _half_gradient(
+            b_start, a_start, weights_start, along_start + count, grad_b_ptr, problem, count, hidden, 1, count,
+            PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _half_gradient(
+    own_ptr, other_ptr, weights_ptr, along_ptr, out_ptr, problem, count, hidden, own_stride, other_stride,
+    PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if out_ptr is not None:
+        row = tl.arange(0, TILE)[:, None]
+        column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+        grad = tl.zeros((TILE, BLOCK), tl.float32)
+        for start in range(0, count, CHUNK):
+            other_row = start + tl.arange(0, CHUNK)
+            at = row * own_stride + other_row[None, :] * other_stride
+            weights = tl.load(weights_ptr + at, mask=(row < count) & (other_row < count)[None, :], other=0.0)
+            at = other_row[:, None] * hidden + column
+            live = (other_row < count)[:, None] & (column < hidden)
+            other = tl.load(other_ptr + at, mask=live, other=0.0).to(tl.float32)
+            grad = tl.dot(weights, other, grad, input_precision=PRECISION)
+        at = row * hidden + column
+        live = (row < count) & (column < hidden)
         if NORMALIZE:
-            grad -= a * tl.load(along_ptr + problem * 2 * count + row, mask=present, other=0.0)[:, None]
-        tl.store(grad_a_ptr + at, grad.to(grad_a_ptr.dtype.element_ty), mask=live)
-    if grad_b_ptr is not None:
-        grad = tl.dot(tl.trans(weights), a, input_precision=PRECISION)
-        if NORMALIZE:
-            grad -= (
-                b * tl.load(along_ptr + problem * 2 * count + count + row, mask=present, other=0.0)[:, None]
-            )
-        tl.store(grad_b_ptr + at, grad.to(grad_b_ptr.dtype.element_ty), mask=live)
+            own = tl.load(own_ptr + at, mask=live, other=0.0).to(tl.float32)
+            grad -= own * tl.load(along_ptr + row, mask=row < count, other=0.0)
+        out = out_ptr + problem * count * hidden
+        tl.store(out + at, grad.to(out_ptr.dtype.element_ty), mask=live)
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
@@ -215,13 +245,13 @@ def _tile_sums(
     """One tile's part of R and of C: sums of exp(S - m), with m the tile's maximum, or scale where no maxima are kept."""
     problem = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(count, TILE)
-    row_start, column_start = tile_position(tl.cdiv(stripe, TILE), tiles, TILE)
+    row_start, column_start = tile_start(tl.cdiv(stripe, TILE), tiles, TILE)
     row_start += first_row
     row = row_start + tl.arange(0, TILE)
     column = column_start + tl.arange(0, TILE)
     logits = logits_tile(
         a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
-        problem, row, column, count, count, first_row, stripe, hidden, scale, UPCAST, DEPTH,
+        problem, row_start, column_start, count, count, first_row, stripe, hidden, scale, UPCAST, TILE, DEPTH,
     )  # fmt: skip
     if row_start == column_start:
         diagonal = tl.sum(tl.where(row[:, None] == column[None, :], logits, 0.0), axis=1)
@@ -296,12 +326,13 @@ def _tile_weights(
     """One tile of W, and of the row sums ρ where the caller wants them. W may overwrite the library's products."""
     problem = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(count, TILE)
-    row_start, column_start = tile_position(tl.cdiv(stripe, TILE), tiles, TILE)
-    row = row_start + first_row + tl.arange(0, TILE)
+    row_start, column_start = tile_start(tl.cdiv(stripe, TILE), tiles, TILE)
+    row_start += first_row
+    row = row_start + tl.arange(0, TILE)
     column = column_start + tl.arange(0, TILE)
     logits = logits_tile(
         a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
-        problem, row, column, count, count, first_row, stripe, hidden, scale, UPCAST, DEPTH,
+        problem, row_start, column_start, count, count, first_row, stripe, hidden, scale, UPCAST, TILE, DEPTH,
     )  # fmt: skip
     weights = _tile_of_weights(
         logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, column, count
@@ -314,8 +345,8 @@ def _tile_weights(
     if inverse_a_ptr is not None:
         weights *= tl.load(inverse_a_ptr + problem * count + row, mask=row < count, other=0.0)[:, None]
         weights *= tl.load(inverse_b_ptr + problem * count + column, mask=column < count, other=0.0)[None, :]
-    at = (problem * stripe + row - first_row)[:, None] * count + column[None, :]
-    tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=inside)
+    at = tile_pointers(weights_ptr, problem, stripe, count, row_start - first_row, column_start, TILE)
+    tl.store(at, weights.to(weights_ptr.dtype.element_ty), mask=inside)
 
 
 # One tile: with N ≤ 128 a problem's S is at most 64 KiB and stays in the registers of one program (256 threads, 64
@@ -327,7 +358,7 @@ def _tile_weights(
 # Largest scale for which scale is the maximum of a tile: exp(-2 scale) > 1e-35 stays a normal float32.
 # Reasoned, not measured.
 WHOLE_LIMIT = 128
-_WHOLE_DEPTH, _SPLIT_COLUMNS, _PROGRAMS_PER_MULTIPROCESSOR = 64, 256, 2
+_WHOLE_DEPTH, _WHOLE_BLOCK, _SPLIT_COLUMNS, _PROGRAMS_PER_MULTIPROCESSOR = 64, 64, 256, 2
 _STRIPE_ROWS, _STRIPE_BYTES = 2048, 64 * 2**20
 _BOUNDED_SCALE = 40.0
 _COMBINE_BLOCK, _COMBINE_THREADS = 256, 128
@@ -340,7 +371,7 @@ def _whole_tile(count: int) -> tuple[int, int]:
     return tile, 256 if tile > 64 else 128
 
 
-def _whole_products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
+def _products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
     problems, count, hidden = a.shape
     tile, threads = _whole_tile(count)
     wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device), problems)
@@ -348,7 +379,7 @@ def _whole_products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
     splits = triton.cdiv(hidden, per_split)
     products = torch.empty((problems, splits, count, count), dtype=torch.float32, device=a.device)
     squares = torch.empty((problems, splits, 2, count), dtype=torch.float32, device=a.device)
-    depth = _WHOLE_DEPTH // 2 if a.dtype == torch.float32 else _WHOLE_DEPTH
+    depth = 16 if a.dtype == torch.float32 else 32 if tile > 64 else _WHOLE_DEPTH
     _split_products[(problems, splits)](
         a, b, products, squares, count, hidden, per_split,
         UPCAST=a.device.type == "cpu", TILE=tile, DEPTH=depth, **options(threads, 2),
@@ -375,11 +406,11 @@ def forward(
     a, b = a.contiguous(), b.contiguous()
     with on_device_of(a):
         if count <= WHOLE_LIMIT and not recenter:
-            products, squares, splits = _whole_products(a, b)
+            products, squares, splits = _products(a, b)
             tile, threads = _whole_tile(count)
             _whole_loss[(problems,)](
                 products, squares, loss, *of_rows, *of_columns, splits, count, scale,
-                NORMALIZE=normalize, TILE=tile, **options(2 * threads),
+                NORMALIZE=normalize, TILE=tile, **options(2 * threads, fuse=False),
             )  # fmt: skip
             return loss, of_rows, of_columns
         scaling = prepare(a, b, normalize, recenter)
@@ -458,19 +489,19 @@ def backward(
             return _tiled_gradient(
                 grad, a, b, of_rows, of_columns, scale, normalize, recenter, need_a, need_b
             )
-        products, squares, splits = _whole_products(a, b)
+        products, squares, splits = _products(a, b)
         tile, threads = _whole_tile(count)
         weights = torch.empty((problems, count, count), dtype=torch.float32, device=a.device)
         along = torch.empty((problems, 2, count), dtype=torch.float32, device=a.device)
         _whole_weights[(problems,)](
             products, squares, *of_rows, *of_columns, grad, weights, along, splits, count, scale,
-            NORMALIZE=normalize, TILE=tile, **options(2 * threads),
+            NORMALIZE=normalize, TILE=tile, **options(2 * threads, fuse=False),
         )  # fmt: skip
         # 16-bit values are exact in TF32, and W keeps float32's range; float32 values need the exact product.
         precision = "ieee" if a.dtype == torch.float32 else "tf32"
-        _whole_gradient[(triton.cdiv(hidden, _WHOLE_DEPTH), problems)](
+        _whole_gradient[(triton.cdiv(hidden, _WHOLE_BLOCK), problems, 2)](
             a, b, weights, along, grad_a, grad_b, count, hidden,
-            PRECISION=precision, NORMALIZE=normalize, TILE=tile, DEPTH=_WHOLE_DEPTH, **options(threads),
+            PRECISION=precision, NORMALIZE=normalize, TILE=tile, CHUNK=16, BLOCK=_WHOLE_BLOCK, **options(threads),
         )  # fmt: skip
     return grad_a, grad_b
 

@@ -19,13 +19,13 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def options(threads: int, stages: int = 1) -> dict[str, int | bool]:
+def options(threads: int, stages: int = 1, fuse: bool = True) -> dict[str, int | bool]:
     """Compile options of a launch.
 
-    Triton counts warps: 32 threads each on NVIDIA, 64 on AMD, and no program may have over 1,024 threads. Fusing
-    multiplications with additions is asked for by name because Triton 3.10 turns its default around.
+    Triton counts warps: 32 threads each on NVIDIA, 64 on AMD, and no program may have over 1,024 threads. Whether
+    multiplications fuse with additions is said each time because Triton 3.10 turns its default around.
     """
-    return {"num_warps": threads // _warp_size(), "num_stages": stages, "enable_fp_fusion": True}
+    return {"num_warps": threads // _warp_size(), "num_stages": stages, "enable_fp_fusion": fuse}
 
 
 def _warp_size() -> int:

@@ -126,16 +126,16 @@ def _backward(
         tl.store(grad_h_ptr + out, grad_h.to(grad_h_ptr.dtype.element_ty), mask=live)
 
 
-# Forward: 16 tokens × 256 columns for 128 threads are four 128-bit loads of a 16-bit tensor in flight per thread, and
+# Forward: 8 tokens × 512 columns for 128 threads are four 128-bit loads of a 16-bit tensor in flight per thread, and
 # 32 float32 sums in registers. Tokens are split into chunks until every multiprocessor has eight such programs
-# (B · d / 256 blocks of columns are often fewer), but no chunk has under 64 tokens: its partial sum, 4 d bytes
+# (B · d / 512 blocks of columns are often fewer), but no chunk has under 64 tokens: its partial sum, 4 d bytes
 # written and read, then stays at a sixteenth of the 128 d bytes it read.
-# Backward: 16 tokens × 512 columns; the pooled row, its gradient (8 d bytes, from L2) against 32 d bytes written.
+# Backward: 16 tokens × 1,024 columns; the pooled row, its gradient (8 d bytes, from L2) against 32 d bytes written.
 # Reasoned, not measured.
-_TOKENS, _BLOCK, _THREADS = 16, 256, 128
+_TOKENS, _BLOCK, _THREADS = 8, 512, 128
 _PROGRAMS_PER_MULTIPROCESSOR, _SHORTEST_CHUNK = 8, 64
 _FINISH_BLOCK, _FINISH_THREADS = 1024, 256
-_BACKWARD_TOKENS, _BACKWARD_BLOCK, _BACKWARD_THREADS = 16, 512, 256
+_BACKWARD_TOKENS, _BACKWARD_BLOCK, _BACKWARD_THREADS = 16, 1024, 256
 
 
 def _as_bytes(mask: Tensor) -> Tensor:
