@@ -77,12 +77,12 @@ def result_findings(result: EvaluationResult, against: PairedComparison | None =
             f"{100 * _mean_mexa(after.scores.values()):.1f} % shifted."
         )
     if against is not None and against.accuracy:
-        found.append(f"Right answers against {against.against}: {_by_language(against.accuracy)}")
+        found.append(f"Right answers, against {against.against}. {_by_language(against.accuracy)}")
         if (of_pivot := against.accuracy.get(result.pivot)) is not None:
             found.append(f"The pivot {result.pivot}: {points(of_pivot)} ({_in_words(of_pivot)}).")
     if against is not None and against.log_perplexity:
         better = {code: Interval(-i.estimate, -i.high, -i.low) for code, i in against.log_perplexity.items()}
-        found.append(f"Perplexity against {against.against}: {_by_language(better, amounts=False)}")
+        found.append(f"Perplexity, against {against.against}. {_by_language(better, amounts=False)}")
     return found
 
 

@@ -42,11 +42,16 @@ def distance_plot(
     floor: Sequence[float],
     *,
     area: tuple[int, int] | None = None,
+    split_distances: Sequence[float] | None = None,
     by_language: Mapping[str, Sequence[float]] | None = None,
     theme: Theme = LIGHT,
     file_format: Format = "svg",
 ) -> bytes:
-    """Subspace distance to the pivot at each boundary, with its noise floor and the chosen area [f, b) shaded."""
+    """Subspace distance to the pivot at each boundary, with its noise floor and the chosen area [f, b) shaded.
+
+    Args:
+        split_distances: distances between halves of the sentences: from as many as the floor, so comparable.
+    """
     figure, (axes,) = new_figure(theme, 1, height=3.9)
     colour = theme.series[0]
     _shade_area(axes, area, theme)
@@ -64,6 +69,12 @@ def distance_plot(
         Line2D([], [], color=colour, linewidth=2.4, marker="o", markersize=4.5, label="mean over languages"),
         Line2D([], [], color=theme.muted, linestyle=(0, (4, 2)), linewidth=1.6, label="noise floor"),
     ]
+    if split_distances is not None:
+        axes.plot(boundaries, split_distances, color=colour, linestyle=":", linewidth=1.8)
+        handles.insert(
+            1, Line2D([], [], color=colour, linestyle=":", linewidth=1.8, label="mean, half the sentences")
+        )
+        handles[-1].set_label("noise floor, half the sentences")
     if by_language:
         handles.insert(1, Line2D([], [], color=colour, alpha=0.35, linewidth=1, label="one language"))
     if area is not None:

@@ -142,6 +142,7 @@ def _area(held: _Held) -> Section:
         area=chosen,
         pivot=space.pivot,
         reason=reason,
+        split_distances=area.split_distances,
         by_language=by_language if len(by_language) > 1 else None,
     )
 

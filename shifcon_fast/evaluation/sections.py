@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from shifcon_fast.evaluation import plots
@@ -61,6 +62,7 @@ def area_section(
     area: tuple[int, int],
     pivot: str,
     reason: str = "",
+    split_distances: Sequence[float] | None = None,
     by_language: Mapping[str, Sequence[float]] | None = None,
 ) -> Section:
     """Where to shift: the subspace distance at every boundary, and the area chosen."""
@@ -71,11 +73,12 @@ def area_section(
         distances,
         floor,
         area=area,
+        split_distances=split_distances,
         by_language=by_language,
         alt=f"Subspace distance to {pivot} by boundary, with its noise floor; boundaries {forward} to "
         f"{backward - 1} are shaded.",
         caption="The noise floor is the distance between two halves of one language's sentences: how far apart "
-        "samples of the same thing lie. A distance close to it says nothing.",
+        "samples of the same thing lie. A distance from as many sentences that is close to it says nothing.",
     )
     text = (
         f"Hidden states of other languages are moved to {pivot} at boundary {forward} and back at "
@@ -105,9 +108,10 @@ def accuracy_section(
     """Right answers by language, alone or beside a second model."""
     if not result.outcomes:
         return Section("Answers")
-    shares = {"evaluated model": result.accuracy()}
+    before, after = _names(result, other)
+    shares = {after: result.accuracy()}
     if other is not None and other.outcomes:
-        shares = {"compared with": other.accuracy(), **shares}
+        shares = {before: other.accuracy(), **shares}
     language = result.answer_language()
     header = [
         "language",
@@ -323,12 +327,24 @@ def _by_seed(comparison: Comparison) -> Table:
     return Table(["system", *comparison.languages], rows, caption)
 
 
+def _names(result: EvaluationResult, other: EvaluationResult | None) -> tuple[str, str]:
+    """What to call the model compared with and the evaluated one: the ends of their names, if those differ."""
+    if other is None:
+        return "", PurePath(result.model).name
+    names = PurePath(other.model).name, PurePath(result.model).name
+    return names if names[0] != names[1] and all(names) else ("compared with", "evaluated model")
+
+
 def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Picture:
     after: Retrieval = result.retrieval[result.mode]
     before: Retrieval | None = None
     titles: tuple[str, str] = (result.mode, result.mode)
-    if other is not None and other.retrieval and other.retrieval[other.mode].languages == after.languages:
-        before, titles = other.retrieval[other.mode], ("compared with", "evaluated model")
+    theirs = other.retrieval.get(other.mode) if other is not None else None
+    if theirs is not None and (theirs.languages, theirs.matrix_boundary) == (
+        after.languages,
+        after.matrix_boundary,
+    ):
+        before, titles = theirs, _names(result, other)
     elif result.mode == "shifted":
         before, titles = result.retrieval["unshifted"], ("unshifted", "shifted")
     return Picture.draw(

@@ -36,10 +36,17 @@ def test_distances_their_floor_and_the_area(drawn) -> None:
         [9.0, 5.0, 4.0, math.nan],
         [2.0, 2.0, 1.5, math.nan],
         area=(1, 3),
+        split_distances=[9.5, 5.5, 4.5, math.nan],
         by_language={"de": [8.0, 4.0, 3.0, math.nan], "sw": [10.0, 6.0, 5.0, math.nan]},
     )
     axes = drawn[0].axes[0]
-    assert [values[:3] for values in lines(axes)] == [[8, 4, 3], [10, 6, 5], [9, 5, 4], [2, 2, 1.5]]
+    assert [values[:3] for values in lines(axes)] == [
+        [8, 4, 3],
+        [10, 6, 5],
+        [9, 5, 4],
+        [2, 2, 1.5],
+        [9.5, 5.5, 4.5],
+    ]
     shaded = axes.patches[0]
     assert (shaded.get_x(), shaded.get_x() + shaded.get_width()) == (0.5, 2.5)
     assert {text.get_text() for text in axes.texts} == {"de", "sw"}
