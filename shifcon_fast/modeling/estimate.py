@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ import shifcon_fast
 from shifcon_fast import ops
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.modeling.attach import Recipe
 from shifcon_fast.modeling.boundaries import content_mask, visit_boundaries
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.space.estimator import SpaceEstimator
@@ -43,7 +44,7 @@ def estimate_space(
     rank: int | None = None,
     variance: float = 0.9,
     max_length: int | None = None,
-    recipe: Literal["stable", "official"] = "stable",
+    recipe: Recipe = "stable",
     memory_gib: float = 2.0,
     allow_missing: bool = False,
     progress: bool = True,

@@ -70,6 +70,8 @@ def test_distances_are_averaged_over_the_other_languages() -> None:
         ([9, 3, 3, 3, 3, 3, 9], {"max_width": 2}, (1, 3)),
         ([9, 2.1, 2.05, 2.0, 2.05, 2.1, 9], {"max_width": 1}, (3, 4)),
         ([9, 2.0, 2.1, 2.05, 2.1, 9, 9], {"max_width": 2}, (1, 3)),
+        ([9, 2.1, 2.0, 2.05, 9], {"max_width": 2}, (2, 4)),
+        ([9, 2.05, 2.0, 2.1, 9], {"max_width": 2}, (1, 3)),
         ([9, 2.2, 2.1, NAN, 2.0, 2.1, 9], {}, (4, 6)),  # a boundary that was not estimated ends the run
         ([NAN, NAN, 2.1, 2.0, NAN], {}, (2, 4)),
     ],
