@@ -7,6 +7,7 @@ themes are for a transparent ground.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,11 +72,13 @@ def new_figure(
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], theme: Theme) -> None:
-    """A frameless legend below the panels."""
+    """A frameless legend below the panels, in as many rows as its labels need."""
+    letters = sum(len(handle.get_label()) + 9 for handle in handles)  # 9: the mark and the gaps around it
+    rows = math.ceil(letters / (13 * figure.get_figwidth()))
     figure.legend(
         handles=list(handles),
         loc="outside lower center",
-        ncols=min(len(handles), 5),
+        ncols=math.ceil(len(handles) / rows),
         frameon=False,
         fontsize=9.5,
         labelcolor=theme.ink,

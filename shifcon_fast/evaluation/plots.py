@@ -60,6 +60,8 @@ def distance_plot(
     axes.plot(boundaries, distances, color=colour, linewidth=2.4, marker="o", markersize=4.5)
     axes.fill_between(boundaries, 0, floor, color=theme.muted, alpha=0.16, linewidth=0)
     axes.plot(boundaries, floor, color=theme.muted, linestyle=(0, (4, 2)), linewidth=1.6)
+    if split_distances is not None:
+        axes.plot(boundaries, split_distances, color=colour, linestyle=":", linewidth=1.8)
     axes.set_ylim(bottom=0)
     _label_ends(axes, boundaries, by_language or {}, theme.muted)
     axes.set_xlabel("boundary (entering block k)")
@@ -70,11 +72,10 @@ def distance_plot(
         Line2D([], [], color=theme.muted, linestyle=(0, (4, 2)), linewidth=1.6, label="noise floor"),
     ]
     if split_distances is not None:
-        axes.plot(boundaries, split_distances, color=colour, linestyle=":", linewidth=1.8)
         handles.insert(
-            1, Line2D([], [], color=colour, linestyle=":", linewidth=1.8, label="mean, half the sentences")
+            1, Line2D([], [], color=colour, linestyle=":", linewidth=1.8, label="mean, from halves")
         )
-        handles[-1].set_label("noise floor, half the sentences")
+        handles[-1].set_label("noise floor, from halves")
     if by_language:
         handles.insert(1, Line2D([], [], color=colour, alpha=0.35, linewidth=1, label="one language"))
     if area is not None:
