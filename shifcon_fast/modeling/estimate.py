@@ -73,7 +73,8 @@ def estimate_space(
         boundaries: which boundaries to estimate; None for all L. At others the space holds NaN.
         subspaces: False estimates language vectors only, in one pass and without sentence matrices.
         rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
-        max_length: truncate sentences to so many tokens; None refuses a sentence longer than the model's context.
+        max_length: truncate sentences to so many tokens, and to the model's context; None refuses a sentence longer
+            than the context.
         recipe: ``"stable"``: a sentence is the mean of its content tokens, a language the mean of its sentences.
             ``"official"``, as in the authors' code: a sentence is the mean of all its tokens, BOS included, made
             unit length; a language is the mean of the batches' means, batches being taken in the order of the data.
@@ -90,6 +91,8 @@ def estimate_space(
         raise ValueError(f"recipe: got {recipe!r}; wanted 'stable' or 'official'")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; wanted at least 1")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length: got {max_length}; wanted at least 1, or None to refuse long sentences")
     if not memory_gib > 0:
         raise ValueError(f"memory_gib: got {memory_gib}; wanted a positive number of GiB")
     decoder = locate_decoder(model)
@@ -106,7 +109,7 @@ def estimate_space(
         variance=variance,
         batch_means=official,
     )
-    tokens = _tokenize(tokenizer, sentences, _context(decoder.module, max_length), max_length, official)
+    tokens = _tokenize(tokenizer, sentences, _context(decoder.module), max_length, official)
     batches = list(_batches(tokens, batch_size, sort=not official))
     ranges = estimator.ranges(wanted, memory_bytes=memory_gib * 2**30)
 
@@ -165,13 +168,9 @@ def _check_boundaries(boundaries: Sequence[int] | None, count: int) -> list[int]
     return wanted
 
 
-def _context(decoder: nn.Module, max_length: int | None) -> int | None:
+def _context(decoder: nn.Module) -> int | None:
     """Longest input in tokens; None where the configuration names none (ALiBi)."""
     context: int | None = getattr(decoder.config, "max_position_embeddings", None)
-    if max_length is not None and (max_length < 1 or (context and max_length > context)):
-        raise ValueError(
-            f"max_length: got {max_length}; wanted 1 … {context or 'any length'}, the model's context"
-        )
     return context
 
 
@@ -183,6 +182,8 @@ def _tokenize(
     official: bool,
 ) -> dict[str, list[list[int]]]:
     """Token ids per language, special tokens included."""
+    if max_length is not None and context is not None:
+        max_length = min(max_length, context)
     special = set(tokenizer.all_special_ids)
     result = {}
     for language, texts in sentences.items():
@@ -194,7 +195,7 @@ def _tokenize(
             if context is not None and len(ids) > context:
                 raise ValueError(
                     f"{where} has {len(ids)} tokens, more than the model's context of {context}; shorten it, or "
-                    f"pass max_length (at most {context}) to truncate"
+                    "pass max_length to truncate"
                 )
             if not ids or (not official and special.issuperset(ids)):
                 raise ValueError(
