@@ -111,6 +111,7 @@ def profile(
             area.distances,
             area.floor,
             area=(area.forward, area.backward),
+            split_distances=area.split_distances,
         )
     )
     return "\n".join([_space_table(space, area), "", area.reason, "", f"written to {output}"])
@@ -233,7 +234,10 @@ def evaluate(
     result.save(output)
     lines = [_result_table(result)]
     if against is not None:
-        other = _earlier_result(against) or _measure(against, settings, options)
+        boundary = next((found.matrix_boundary for found in result.retrieval.values()), None)
+        other = _earlier_result(against) or _measure(
+            against, {**settings, "matrix_boundary": boundary}, options
+        )
         other.save(output / "against")
         comparison = compare(result, other)
         write_json(output / "comparison.json", comparison.to_json())
