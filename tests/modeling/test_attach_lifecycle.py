@@ -18,6 +18,7 @@ from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import model_fingerprint
+from shifcon_fast.modeling.language_ids import Attachment
 
 every_architecture = pytest.mark.parametrize(
     "architecture", [row.model_type for row in ARCHITECTURES.values()]
@@ -302,6 +303,14 @@ def test_language_ids_of_codes(tiny_model, random_space):
     assert handle.language_ids("sw").tolist() == [1]
     with pytest.raises(ValueError, match=r"'fr'.*en, sw, de"):
         handle.language_ids(["en", "fr"])
+
+
+def test_the_pivot_counts_as_left_alone():
+    """Not by adding its zero vector, which would turn -0.0 into 0.0 and cost a pass over the row."""
+    attachment = Attachment(num_languages=3, pivot_id=2, forwards_kwargs=True)
+    ids = torch.tensor([0, 2, -1, 1])
+    assert attachment.prepare(ids, torch.zeros(4, 5)).tolist() == [0, -1, -1, 1]
+    assert ids.tolist() == [0, 2, -1, 1], "the caller's ids are not changed"
 
 
 @every_architecture
