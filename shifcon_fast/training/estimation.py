@@ -45,7 +45,8 @@ def estimate_again(
         subspaces=subspaces,
         rank=space.card.get("rank"),
         variance=space.card.get("variance") or 0.9,
-        max_length=space.card.get("max_length"),
+        # Where nothing else is said, cut at the context: a long sentence must not end a run that is done.
+        max_length=space.card.get("max_length") or getattr(model.config, "max_position_embeddings", None),
         recipe=recipe,
         progress=progress,
     )

@@ -1,8 +1,10 @@
-"""What a training run sets up before its first step: the attachment, the vectors, the length limits."""
+"""What a training run sets up before its first step: attachment, contrastive batches, vectors, length limits."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.run_folder import CARD, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,56 @@ def attach_for_training(
         forward, backward = area_found.forward, area_found.backward
         logger.info("%s", area_found.reason)
     return attach(model, space, forward, backward, args.alpha, recipe=args.recipe)  # type: ignore[arg-type]
+
+
+def make_sampler(
+    args: ShifConArguments,
+    handle: ShiftHandle | None,
+    parallel: Mapping[str, Sequence[str]] | None,
+    tokenizer: Any,
+) -> ContrastiveSampler | None:
+    """Contrastive batches; None where neither the loss nor the vectors need any.
+
+    Raises:
+        ValueError: they are needed and there is no parallel text.
+    """
+    follows = args.vectors in ("ema", "running") and (args.shift or args.w_mcl)
+    if handle is None or not (args.w_mcl or follows):
+        return None
+    if parallel is None:
+        reason = f"w_mcl is {args.w_mcl}" if args.w_mcl else f"vectors={args.vectors!r} follows its sentences"
+        raise ValueError(f"parallel: none given; wanted translations, for {reason}")
+    return ContrastiveSampler(
+        parallel,
+        handle.space.pivot,
+        tokenizer,
+        handle.space.language_id,
+        batch_size=int(args.contrastive_batch_size or 0),
+        mixed_languages=bool(args.mixed_languages),
+        max_length_pivot=within_context(args.max_length_pivot, handle.model),
+        max_length_other=within_context(args.max_length_other, handle.model),
+        pool_all_tokens=args.recipe == "official",
+        seed=args.seed,
+    )
+
+
+def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
+    """Refuse to resume from a checkpoint whose method was set up in another way.
+
+    Raises:
+        ValueError: not a checkpoint, or one of another area, recipe or other languages.
+    """
+    card = read_card(checkpoint)
+    area = None if handle is None else {"forward": handle.forward, "backward": handle.backward}
+    here: dict[str, Any] = {"area": area}
+    if handle is not None:
+        here |= {"languages": list(handle.space.languages), "recipe": handle.recipe}
+    for name, value in here.items():
+        if card[name] != value:
+            raise ValueError(
+                f"{checkpoint / CARD}: {name} is {card[name]}, here it is {value}; resume with the arguments "
+                "and the space of the run"
+            )
 
 
 def track_vectors(args: ShifConArguments, handle: ShiftHandle | None, model: Any) -> LanguageVectors | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,16 +21,19 @@ from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training import checkpoints
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
 from shifcon_fast.training.estimation import estimate_again
 from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.quantization import keep_4bit_trainable
-from shifcon_fast.training.run_folder import CARD, RunState, read_card, save_run, write_run_files
-from shifcon_fast.training.setup import attach_for_training, track_vectors, within_context
-
-logger = logging.getLogger(__name__)
+from shifcon_fast.training.run_folder import RunState, save_run, write_run_files
+from shifcon_fast.training.setup import (
+    attach_for_training,
+    check_same_run,
+    make_sampler,
+    track_vectors,
+    within_context,
+)
 
 VECTORS = "language_vectors.safetensors"
 Instructions = str | Path | Sequence[Instruction] | Dataset[Any]
@@ -76,22 +77,25 @@ class ShifConTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         keep_4bit_trainable(model)
+        was_attached = hasattr(model, "shifcon")
         self.handle = attach_for_training(model, args, space)
-        languages = None if self.handle is None else self.handle.space.languages
-        self._parallel = None if parallel is None else read_parallel(parallel, languages=languages)
-        self._sampler = self._make_sampler(args, processing_class)
-        self._vectors = track_vectors(args, self.handle, model)
-        if self._vectors is not None and self._vectors.mode != "frozen" and self._parallel is None:
-            raise ValueError(f"parallel: none given; vectors={args.vectors!r} follows its sentences")
+        try:
+            self._set_up_method(model, args, processing_class, parallel)
+            datasets = [
+                None if each is None else self._tokenize(each, model, args, processing_class)
+                for each in (train_dataset, eval_dataset)
+            ]
+        except BaseException:
+            if self.handle is not None and not was_attached:
+                self.handle.detach()
+            raise
         super().__init__(
             model=model,
             args=args,
             data_collator=InstructionCollator(processing_class),
             processing_class=processing_class,
-            train_dataset=self._tokenize(train_dataset, model, args, processing_class),
-            eval_dataset=None
-            if eval_dataset is None
-            else self._tokenize(eval_dataset, model, args, processing_class),
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
@@ -100,26 +104,13 @@ class ShifConTrainer(Trainer):
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(_StepEnd(self))
 
-    # --- data ---------------------------------------------------------------------------------------------------
-
-    def _make_sampler(self, args: ShifConArguments, tokenizer: Any) -> ContrastiveSampler | None:
-        follows = args.vectors in ("ema", "running") and (args.shift or args.w_mcl)
-        if self.handle is None or not (args.w_mcl or follows):
-            return None
-        if self._parallel is None:
-            raise ValueError(f"parallel: none given; wanted translations, for w_mcl is {args.w_mcl}")
-        return ContrastiveSampler(
-            self._parallel,
-            self.handle.space.pivot,
-            tokenizer,
-            self.handle.space.language_id,
-            batch_size=args.contrastive_batch_size or 2,
-            mixed_languages=bool(args.mixed_languages),
-            max_length_pivot=within_context(args.max_length_pivot, self.handle.model),
-            max_length_other=within_context(args.max_length_other, self.handle.model),
-            pool_all_tokens=args.recipe == "official",
-            seed=args.seed,
-        )
+    def _set_up_method(self, model: Any, args: ShifConArguments, tokenizer: Any, parallel: Any) -> None:
+        languages = None if self.handle is None else self.handle.space.languages
+        self._parallel = None if parallel is None else read_parallel(parallel, languages=languages)
+        self._sampler = make_sampler(args, self.handle, self._parallel, tokenizer)
+        self._vectors = track_vectors(args, self.handle, model)
+        if self._vectors is not None and self._vectors.mode == "refresh" and self._parallel is None:
+            raise ValueError("parallel: none given; vectors='refresh' estimates from its sentences")
 
     def _tokenize(
         self, instructions: Instructions, model: Any, args: ShifConArguments, tokenizer: Any
@@ -138,8 +129,6 @@ class ShifConTrainer(Trainer):
     def _language_id(self, language: str) -> int:
         assert self.handle is not None
         return self.handle.space.language_id(language)
-
-    # --- the loss -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
@@ -209,8 +198,6 @@ class ShifConTrainer(Trainer):
             logs.update(self._meter.drain(lambda total: self.accelerator.gather(total).mean()))
         super().log(logs, start_time)
 
-    # --- language vectors ---------------------------------------------------------------------------------------
-
     def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
         """Show the batch's sentences to the vectors, as an unshifted pass in eval mode sees them."""
         if self._vectors is None or not self._vectors.follows_batches or self.handle is None:
@@ -274,8 +261,6 @@ class ShifConTrainer(Trainer):
         finally:
             self.handle.set_space(before)
 
-    # --- the run ------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, estimate the language space again on the final model, and write the run folder.
 
@@ -303,11 +288,11 @@ class ShifConTrainer(Trainer):
 
     def _finish(self) -> None:
         if self.handle is not None and self._vectors is not None:
-            final = self._vectors.space(training=False)
-            if self.args.final_estimation and self._parallel is not None:
-                final = self._estimate(subspaces=bool(final.bases))
-            self.handle.set_space(final)
-        self.save_model()
+            self.handle.set_space(self._vectors.space(training=False))
+        self.save_model()  # before the estimation: whatever happens in it, the trained model is kept
+        if self.handle is not None and self.args.final_estimation and self._parallel is not None:
+            self.handle.set_space(self._estimate(subspaces=bool(self.handle.space.bases)))
+            self.save_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a run folder, all or nothing; only the main process does."""
@@ -330,8 +315,6 @@ class ShifConTrainer(Trainer):
             space=space,
         )
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """``Trainer._save_checkpoint``, into a staging folder that is renamed when it is whole."""
         run = self._get_output_dir(trial=trial)
@@ -345,7 +328,9 @@ class ShifConTrainer(Trainer):
             self._write_checkpoint(staging, Path(run))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.publish(staging)
+                published = checkpoints.publish(staging)
+                if self.args.push_to_hub:
+                    self._push_from_checkpoint(str(published))
                 checkpoints.rotate(run, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         except BaseException:
             if self.args.should_save:
@@ -371,19 +356,7 @@ class ShifConTrainer(Trainer):
         self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        card = read_card(resume_from_checkpoint)
-        if self.handle is not None:
-            here = {"forward": self.handle.forward, "backward": self.handle.backward}
-            for name, there, value in (
-                ("area", card["area"], here),
-                ("languages", card["languages"], list(self.handle.space.languages)),
-                ("recipe", card["recipe"], self.handle.recipe),
-            ):
-                if there != value:
-                    raise ValueError(
-                        f"{os.path.join(resume_from_checkpoint, CARD)}: {name} is {there}, here it is {value}; "
-                        "resume with the arguments and the space of the run"
-                    )
+        check_same_run(Path(resume_from_checkpoint), self.handle)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_vectors(Path(resume_from_checkpoint))
 

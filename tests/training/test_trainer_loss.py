@@ -267,7 +267,7 @@ def test_evaluation_is_the_shifted_generation_loss(
     assert metrics["eval_loss"] == pytest.approx(generation.item(), rel=1e-5)
 
 
-def test_missing_inputs_are_named(make_trainer: Callable[..., ShifConTrainer], space: LanguageSpace) -> None:
+def test_missing_inputs_are_named(make_trainer: Callable[..., ShifConTrainer]) -> None:
     with pytest.raises(ValueError, match="space: none given"):
         make_trainer(space=None)
     with pytest.raises(ValueError, match=r"parallel: none given; wanted translations, for w_mcl is 2\.0"):
@@ -282,3 +282,19 @@ def test_missing_inputs_are_named(make_trainer: Callable[..., ShifConTrainer], s
         ValueError, match=r"an instruction: language: got 'xx'; this language space knows en, de"
     ):
         make_trainer(train_dataset=[Instruction.single("xx", "Ada", "Ben")])
+
+
+def test_a_model_that_was_refused_is_not_left_attached(
+    make_trainer: Callable[..., ShifConTrainer], load_model: Callable[..., Any]
+) -> None:
+    model = load_model()
+    with pytest.raises(ValueError, match="parallel: none given"):
+        make_trainer(model=model, parallel=None)
+    assert not hasattr(model, "shifcon")
+    trainer = make_trainer(model=model)
+    assert model.shifcon is trainer.handle
+    with pytest.raises(ValueError, match="parallel: none given"):
+        make_trainer(model=model, parallel=None)
+    assert model.shifcon is trainer.handle  # attached by somebody else
+    with pytest.raises(ValueError, match=r"it is attached at \[1, 3\)"):
+        make_trainer(model=model, forward=2, backward=3)
