@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shifcon_fast.version import __version__
+
 if TYPE_CHECKING:
     from shifcon_fast import ops as ops
     from shifcon_fast.modeling.attach import attach as attach
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from shifcon_fast.training.quantization import load_quantized as load_quantized
     from shifcon_fast.training.run_folder import load as load
     from shifcon_fast.training.trainer import ShifConTrainer as ShifConTrainer
-
-__version__ = "0.1.0"
 
 _HOME = {
     "LanguageSpace": "shifcon_fast.space.language_space",

@@ -230,13 +230,14 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     options: dict[str, Any] = {"quantization": quantization, "trust_remote_code": trust_remote_code}
-    result = _measure(model, settings, options)
+    sources = {"parallel": parallel, "questions": questions}
+    result = _measure(model, settings, options, sources)
     result.save(output)
     lines = [_result_table(result)]
     if against is not None:
         boundary = next((found.matrix_boundary for found in result.retrieval.values()), None)
         other = _earlier_result(against) or _measure(
-            against, {**settings, "matrix_boundary": boundary}, options
+            against, {**settings, "matrix_boundary": boundary}, options, sources
         )
         other.save(output / "against")
         comparison = compare(result, other)
@@ -245,9 +246,13 @@ def evaluate(
     return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
 
 
-def _measure(model: str, settings: dict[str, Any], options: dict[str, Any]) -> EvaluationResult:
+def _measure(
+    model: str, settings: dict[str, Any], options: dict[str, Any], sources: dict[str, str | None]
+) -> EvaluationResult:
+    """Evaluate; the result names the model and the files as the user did, not as what they were read into."""
     loaded, tokenizer = open_model(model, **options)
-    return replace(measure(loaded, tokenizer, **settings), model=model)
+    result = measure(loaded, tokenizer, **settings)
+    return replace(result, model=model, settings={**result.settings, **sources})
 
 
 def _earlier_result(folder: str) -> EvaluationResult | None:

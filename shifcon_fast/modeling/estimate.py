@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import shifcon_fast
 from shifcon_fast import ops
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
@@ -27,6 +26,7 @@ from shifcon_fast.modeling.boundaries import content_mask, visit_boundaries
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.space.estimator import SpaceEstimator
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def estimate_space(
         "model": {"class": type(model).__name__, "fingerprint": model_fingerprint(model)},
         "tokenizer": _tokenizer_card(tokenizer),
         "versions": {
-            "shifcon_fast": shifcon_fast.__version__,
+            "shifcon_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -12,13 +12,13 @@ import peft
 import torch
 import transformers
 
-import shifcon_fast
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, settle, sha256_file, staged_update, write_json
 from shifcon_fast.training.checkpoints import list_checkpoints
 from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.version import __version__
 
 CARD = "shifcon.json"
 LOG = "training_log.json"
@@ -208,7 +208,7 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
         "space_sha256": sha256_file(folder / space_files.TENSORS) if space else None,
         "training": dict(state.settings),
         "versions": {
-            "shifcon_fast": shifcon_fast.__version__,
+            "shifcon_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
