@@ -35,7 +35,7 @@ def attach(
     """Make a model shift rows of other languages into the pivot's region between two boundaries.
 
     At boundary ``forward``, h ← h + α (v(pivot) - v(language)); at boundary ``backward``, the same with the sign
-    turned round (ShifCon, arXiv 2410.19453, section 3.2). The model's forward and ``generate`` then take
+    turned round (ShifCon, arXiv 2410.19453). The model's forward and ``generate`` then take
     ``language_ids``, a (B,) integer tensor from :meth:`ShiftHandle.language_ids`; rows of the pivot and rows with
     -1 are left alone bit for bit, and without the argument nothing is shifted.
 

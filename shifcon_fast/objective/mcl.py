@@ -5,7 +5,7 @@ and τ the temperature,
 
     L(k) = ½ [CE(a tᵀ / τ, diag) + CE(t aᵀ / τ, diag)],   L_mcl = mean of L(k) over k = f … b-1
 
-(Zhang et al., arXiv 2410.19453, section 3.3). Two ways to get into pivot space: ``shifted``, where the forward pass
+(Zhang et al., ACL 2025, arXiv 2410.19453). Two ways to get into pivot space: ``shifted``, where the forward pass
 itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) + mean(a) over the batch.
 """
 
