@@ -373,7 +373,8 @@ def _shift_columns(
 ROW_LIMIT = 16384
 _ELEMENTS_PER_THREAD = 16
 _TILE = 2048
-# The persistent backward also holds a float32 sum and the weight, 2 registers an element, so it ends earlier.
+# The persistent backward also holds a float32 sum and the weight, 2 registers an element: twice the threads, and it
+# ends earlier.
 _PERSISTENT_LIMIT = 8192
 _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR = ((1024, 8), (2048, 4), (4096, 2), (8192, 1))
 # Column sums: 8 rows × 512 columns for 128 threads are four 128-bit loads a thread and tensor.
@@ -509,6 +510,7 @@ def _through_norm(
     if need_weight and block <= _PERSISTENT_LIMIT:
         per_multiprocessor = next(n for limit, n in _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR if block <= limit)
         programs = min(triton.cdiv(rows, tile), per_multiprocessor * multiprocessors(h.device))
+        threads = min(2 * threads, 512)
         partial = torch.empty((programs, hidden), dtype=torch.float32, device=h.device)
         _backward_persistent[(programs,)](
             *pointers,

@@ -262,15 +262,16 @@ def _through_unit(
 
 
 # Tiles of products: 128 × 128 × 64 in 16 bits is 64 float32 sums a thread of 256, and 3 stages of 32 KiB of shared
-# memory; two programs then fit on a multiprocessor of an A100 or H100. float32 products go to the vendor's library:
+# memory; two programs then fit on a multiprocessor of an H100. ``info_nce``'s weights hold exponentials besides the
+# products: twice the threads and half the depth, or they would not fit in the registers. float32 products go to the vendor's library:
 # Triton's exact float32 dot runs without tensor cores, and PyTorch's own switch for TF32 stays in force.
-# Rows: 2,048 elements for 128 threads, two 128-bit loads of a 16-bit tensor a thread; short rows share a program.
+# Rows: 2,048 elements for 256 threads, a 128-bit load of a 16-bit tensor a thread; short rows share a program.
 # Reasoned, not measured.
 TILE, DEPTH, TILE_THREADS, TILE_STAGES = 128, 64, 256, 3
 # A tile of finished products only passes through registers: 64 × 64 for 128 threads are 32 values a thread.
 LIBRARY_TILE, LIBRARY_THREADS = 64, 128
-_ROW_ELEMENTS, _ROW_THREADS = 2048, 128
-_SUM_ROWS, _SUM_BLOCK = 8, 512
+_ROW_ELEMENTS, _ROW_THREADS = 2048, 256
+_SUM_ROWS, _SUM_BLOCK, _SUM_THREADS = 8, 512, 128
 
 
 class Scaling(NamedTuple):
@@ -291,13 +292,15 @@ def library_products(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def tile_options(library: bool) -> dict[str, int | bool]:
+def tile_options(library: bool, weights: bool = False) -> dict[str, int | bool]:
     """Tile sizes and compile options of the kernels built on :func:`logits_tile`.
 
     Nothing is fused with the last multiplication of a logit, so that forward and backward round it alike.
     """
     if library:
         return {"TILE": LIBRARY_TILE, "DEPTH": DEPTH, **options(LIBRARY_THREADS, fuse=False)}
+    if weights:
+        return {"TILE": TILE, "DEPTH": DEPTH // 2, **options(2 * TILE_THREADS, TILE_STAGES + 1, fuse=False)}
     return {"TILE": TILE, "DEPTH": DEPTH, **options(TILE_THREADS, TILE_STAGES, fuse=False)}
 
 
@@ -316,7 +319,7 @@ def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     chunks = triton.cdiv(rows, per_chunk)
     partial = torch.empty((problems, chunks, hidden), dtype=torch.float32, device=x.device)
     _weighted_sums[(problems, chunks, blocks)](
-        x, weight, partial, rows, per_chunk, hidden, ROWS=_SUM_ROWS, BLOCK=_SUM_BLOCK, **options(_ROW_THREADS)
+        x, weight, partial, rows, per_chunk, hidden, ROWS=_SUM_ROWS, BLOCK=_SUM_BLOCK, **options(_SUM_THREADS)
     )
     return partial.sum(1)
 

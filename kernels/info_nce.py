@@ -76,19 +76,21 @@ def _split_products(
 
 
 @triton.jit
-def _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE: tl.constexpr):
-    """Add the splits."""
-    row = tl.arange(0, TILE)
-    inside = (row < count)[:, None] & (row < count)[None, :]
-    products = tl.zeros((TILE, TILE), tl.float32)
-    squares_a = tl.zeros((TILE,), tl.float32)
+def _whole_products(
+    product_ptr, squares_ptr, problem, splits, count, row_start, ROWS: tl.constexpr, TILE: tl.constexpr
+):
+    """Add the splits: some rows of a_i · b_j, their ‖a_i‖², and every ‖b_j‖²."""
+    row, column = row_start + tl.arange(0, ROWS), tl.arange(0, TILE)
+    inside = (row < count)[:, None] & (column < count)[None, :]
+    products = tl.zeros((ROWS, TILE), tl.float32)
+    squares_a = tl.zeros((ROWS,), tl.float32)
     squares_b = tl.zeros((TILE,), tl.float32)
     for split in range(splits):
         slot = problem * splits + split
-        at = tile_pointers(product_ptr, slot, count, count, 0, 0, TILE)
-        products += tl.load(at, mask=inside, other=0.0)
+        at = row[:, None] * count + column[None, :]
+        products += tl.load(product_ptr + slot * count * count + at, mask=inside, other=0.0)
         squares_a += tl.load(squares_ptr + slot * 2 * count + row, mask=row < count, other=0.0)
-        squares_b += tl.load(squares_ptr + slot * 2 * count + count + row, mask=row < count, other=0.0)
+        squares_b += tl.load(squares_ptr + slot * 2 * count + count + column, mask=column < count, other=0.0)
     return products, squares_a, squares_b
 
 
@@ -124,7 +126,9 @@ def _whole_loss(
     problem = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, TILE)
     present = row < count
-    products, squares_a, squares_b = _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE)
+    products, squares_a, squares_b = _whole_products(
+        product_ptr, squares_ptr, problem, splits, count, 0, TILE, TILE
+    )
     logits = _whole_logits(products, squares_a, squares_b, scale, NORMALIZE)
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], logits, 0.0), axis=1)
     logits = tl.where(present[:, None] & present[None, :], logits, -float("inf"))
@@ -158,17 +162,21 @@ def _tile_of_weights(
 @triton.jit
 def _whole_weights(
     product_ptr, squares_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, grad_ptr, weights_ptr, along_ptr,
-    splits, count, scale: tl.float32, NORMALIZE: tl.constexpr, TILE: tl.constexpr,
+    splits, count, scale: tl.float32, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """W of one problem, and α_i² a_i · p_i = α_i² Σ_j W_ij (a_i · b_j), likewise for b: no pass over d is needed."""
-    problem = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, TILE)
-    present = row < count
-    inside = present[:, None] & present[None, :]
-    products, squares_a, squares_b = _whole_products(product_ptr, squares_ptr, problem, splits, count, TILE)
+    """A block of rows of one problem's W; and α_i² a_i · p_i = α_i² Σ_j W_ij (a_i · b_j), which needs no pass over d.
+
+    ``along`` (L, 1 + blocks of rows, N) gets that for a, then each block's part of the same for b.
+    """
+    problem, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, column = block * ROWS + tl.arange(0, ROWS), tl.arange(0, TILE)
+    inside = (row < count)[:, None] & (column < count)[None, :]
+    products, squares_a, squares_b = _whole_products(
+        product_ptr, squares_ptr, problem, splits, count, block * ROWS, ROWS, TILE
+    )
     logits = _whole_logits(products, squares_a, squares_b, scale, NORMALIZE)
     weights = _tile_of_weights(
-        logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, row, count
+        logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, column, count
     )
     weights *= tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
     if NORMALIZE:
@@ -178,14 +186,16 @@ def _whole_weights(
         terms = tl.where(inside, weights * products, 0.0)
         along_a = tl.sum(terms, axis=1) * inverse_a * inverse_a
         along_b = tl.sum(terms, axis=0) * inverse_b * inverse_b
-        tl.store(along_ptr + problem * 2 * count + row, along_a, mask=present)
-        tl.store(along_ptr + problem * 2 * count + count + row, along_b, mask=present)
-    tl.store(tile_pointers(weights_ptr, problem, count, count, 0, 0, TILE), weights, mask=inside)
+        along = along_ptr + problem * (1 + tl.num_programs(1)) * count
+        tl.store(along + row, along_a, mask=row < count)
+        tl.store(along + (1 + block) * count + column, along_b, mask=column < count)
+    at = row[:, None] * count + column[None, :]
+    tl.store(weights_ptr + problem * count * count + at, weights, mask=inside)
 
 
 @triton.jit
 def _whole_gradient(
-    a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden,
+    a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden, blocks,
     PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂loss/∂a = W b - α² (a · p) a, and (programs of axis 2) ∂loss/∂b = Wᵀ a - β² (b · t) b, for a block of columns."""
@@ -193,22 +203,22 @@ def _whole_gradient(
     a_start = a_ptr + problem * count * hidden
     b_start = b_ptr + problem * count * hidden
     weights_start = weights_ptr + problem * count * count
-    along_start = along_ptr + problem * 2 * count
+    along_start = along_ptr + problem * (1 + blocks) * count
     if tl.program_id(2) == 0:
         _half_gradient(
-            a_start, b_start, weights_start, along_start, grad_a_ptr, problem, count, hidden, count, 1,
+            a_start, b_start, weights_start, along_start, grad_a_ptr, problem, count, hidden, 1, count, 1,
             PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _half_gradient(
-            b_start, a_start, weights_start, along_start + count, grad_b_ptr, problem, count, hidden, 1, count,
+            b_start, a_start, weights_start, along_start + count, grad_b_ptr, problem, count, hidden, blocks, 1, count,
             PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def _half_gradient(
-    own_ptr, other_ptr, weights_ptr, along_ptr, out_ptr, problem, count, hidden, own_stride, other_stride,
+    own_ptr, other_ptr, weights_ptr, along_ptr, out_ptr, problem, count, hidden, blocks, own_stride, other_stride,
     PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if out_ptr is not None:
@@ -227,7 +237,10 @@ def _half_gradient(
         live = (row < count) & (column < hidden)
         if NORMALIZE:
             own = tl.load(own_ptr + at, mask=live, other=0.0).to(tl.float32)
-            grad -= own * tl.load(along_ptr + row, mask=row < count, other=0.0)
+            along = tl.zeros((TILE, 1), tl.float32)
+            for block in range(blocks):
+                along += tl.load(along_ptr + block * count + row, mask=row < count, other=0.0)
+            grad -= own * along
         out = out_ptr + problem * count * hidden
         tl.store(out + at, grad.to(out_ptr.dtype.element_ty), mask=live)
 
@@ -337,16 +350,18 @@ def _tile_weights(
     weights = _tile_of_weights(
         logits, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, problem, row, column, count
     )
-    weights *= tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
-    inside = (row < count)[:, None] & (column < count)[None, :]
+    factor = tl.load(grad_ptr + problem).to(tl.float32) * scale / (2.0 * count)
+    weights *= tl.where(column < count, factor, 0.0)[None, :]
     if row_sum_ptr is not None:
         at = (problem * tiles + column_start // TILE) * count + row
-        tl.store(row_sum_ptr + at, tl.sum(tl.where(inside, weights, 0.0), axis=1), mask=row < count)
+        tl.store(row_sum_ptr + at, tl.sum(weights, axis=1), mask=row < count)
     if inverse_a_ptr is not None:
         weights *= tl.load(inverse_a_ptr + problem * count + row, mask=row < count, other=0.0)[:, None]
         weights *= tl.load(inverse_b_ptr + problem * count + column, mask=column < count, other=0.0)[None, :]
     at = tile_pointers(weights_ptr, problem, stripe, count, row_start - first_row, column_start, TILE)
-    tl.store(at, weights.to(weights_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        at, weights.to(weights_ptr.dtype.element_ty), mask=(row < count)[:, None] & (column < count)[None, :]
+    )
 
 
 # One tile: with N ≤ 128 a problem's S is at most 64 KiB and stays in the registers of one program (256 threads, 64
@@ -368,7 +383,7 @@ _LOSS_BLOCK, _LOSS_THREADS = 1024, 256
 def _whole_tile(count: int) -> tuple[int, int]:
     """Padded N and threads of the one-tile kernels; a matrix instruction wants at least 16 rows."""
     tile = max(16, triton.next_power_of_2(count))
-    return tile, 256 if tile > 64 else 128
+    return tile, 64 if tile == 16 else 128 if tile <= 64 else 256
 
 
 def _products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -492,15 +507,17 @@ def backward(
         products, squares, splits = _products(a, b)
         tile, threads = _whole_tile(count)
         weights = torch.empty((problems, count, count), dtype=torch.float32, device=a.device)
-        along = torch.empty((problems, 2, count), dtype=torch.float32, device=a.device)
-        _whole_weights[(problems,)](
+        rows = min(tile, 32)
+        blocks = triton.cdiv(count, rows)
+        along = torch.empty((problems, 1 + blocks, count), dtype=torch.float32, device=a.device)
+        _whole_weights[(problems, blocks)](
             products, squares, *of_rows, *of_columns, grad, weights, along, splits, count, scale,
-            NORMALIZE=normalize, TILE=tile, **options(2 * threads, fuse=False),
+            NORMALIZE=normalize, ROWS=rows, TILE=tile, **options(128, fuse=False),
         )  # fmt: skip
         # 16-bit values are exact in TF32, and W keeps float32's range; float32 values need the exact product.
         precision = "ieee" if a.dtype == torch.float32 else "tf32"
         _whole_gradient[(triton.cdiv(hidden, _WHOLE_BLOCK), problems, 2)](
-            a, b, weights, along, grad_a, grad_b, count, hidden,
+            a, b, weights, along, grad_a, grad_b, count, hidden, blocks,
             PRECISION=precision, NORMALIZE=normalize, TILE=tile, CHUNK=16, BLOCK=_WHOLE_BLOCK, **options(threads),
         )  # fmt: skip
     return grad_a, grad_b
@@ -524,7 +541,7 @@ def _tiled_gradient(
     scaling = prepare(a, b, normalize, recenter)
     left, right = a.to(compute), b.to(compute)
     library = library_products(a.dtype)
-    sizes = tile_options(library)
+    sizes = tile_options(library, weights=True)
     tiles = triton.cdiv(count, sizes["TILE"])
     product_a = torch.empty(a.shape, dtype=compute, device=a.device) if need_a else None
     product_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if need_b else None
