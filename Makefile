@@ -14,8 +14,10 @@ INPUTS := pyproject.toml setup.py requirements.lock
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
 
+# One worker a core, each with one thread: the models are tiny. `pytest`, not `python -m pytest`, which would put this
+# folder on sys.path, where kernels/ hides the package of that name which bitsandbytes imports.
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -54,10 +54,13 @@ def open_model(
             trust_remote_code=trust_remote_code,
         )
         return model, _tokenizer(name, trust_remote_code)
-    base = read_card(name)["base_model"]
+    card = read_card(name)
     model = load(name, quantization=quantization, trust_remote_code=trust_remote_code)
-    source = name if (Path(name) / "tokenizer_config.json").is_file() else base
-    return model, _tokenizer(source, trust_remote_code)
+    source = name if (Path(name) / "tokenizer_config.json").is_file() else card["base_model"]
+    tokenizer = _tokenizer(source, trust_remote_code)
+    if not card["training"].get("use_chat_template", True):
+        tokenizer.chat_template = None  # so that prompts look as they did in training
+    return model, tokenizer
 
 
 def _is_run(name: str) -> bool:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from shifcon_fast import storage
 from shifcon_fast.cli import app
+from shifcon_fast.workflow import open_model
 
 Rows = list[dict[str, object]]
 
@@ -178,6 +179,22 @@ def test_a_yaml_file_and_flags_make_the_same_run(workplace: Workplace, run: Path
     ours = load_file(workplace.folder / "from-yaml" / "adapter_model.safetensors")
     theirs = load_file(run / "adapter_model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_prompts_are_joined_as_in_training(workplace: Workplace, tmp_path: Path, used: bool) -> None:
+    base = tmp_path / "chat-model"
+    shutil.copytree(workplace.base, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    made = shifcon(
+        *workplace.train_flags(tmp_path / "run", "--model", str(base), "--use-chat-template", str(used))
+    )
+    assert made.code == 0, made.text
+    _, tokenizer = open_model(str(tmp_path / "run"))
+    assert (tokenizer.chat_template == template) is used
+    assert (tokenizer.chat_template is None) is not used
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(workplace: Workplace, run: Path) -> None:
