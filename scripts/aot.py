@@ -5,9 +5,9 @@
     python scripts/aot.py --target sm_90          one target only
 
 The launchers themselves run, on tensors without storage: what is compiled is what they would launch, with the same
-tile sizes, warps and specialisation. Only the launch is left out. A row tells registers and spills per thread, shared
-memory per program, the width in bits of every access to global memory, and which pointers are read or written in
-pieces of less than 128 bits. Where a source line is known from the assembly, so is its pointer.
+tile sizes, warps and specialisation. Only the launch is left out. A row tells registers and spills per thread,
+shared memory per program, the width in bits of every access to global memory, and which pointers are read or
+written in pieces of less than 128 bits. Where a source line is known from the assembly, so is its pointer.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ Case = tuple[str, Callable[[], object]]
 
 
 def cases() -> Iterator[Case]:
-    """Every path of every launcher: dtypes, tile sizes of the heuristic tables, optional inputs, styles, gradients."""
+    """Every path of every launcher: dtypes, tile sizes, optional inputs, styles, gradients."""
     import torch
-
     from shifcon_fast.kernels import add_shift_rms_norm, contrastive_similarity, info_nce, masked_mean_pool
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -262,7 +261,7 @@ def _width(line: str) -> tuple[str, int] | None:
 
 
 def _pointer(source: list[str], line: int) -> str:
-    """The pointer of the access at a line. The assembler may put an access a few lines late; long calls are broken."""
+    """The pointer of the access at a line; a compiler may place an access a few lines late."""
     if re.search(r"tl\.(load|store)\(\s*$", source[line]):
         line += 1
     for candidate in (line, *range(line - 1, max(line - 8, 0), -1)):
