@@ -1,6 +1,7 @@
 """Every kernel variant compiled for four GPUs, none of which is needed, against the committed table.
 
-``make aot`` prints the table; after a deliberate change, ``python scripts/aot.py --json tests/kernels/aot_table.json``.
+``make aot`` prints the table. After a deliberate change:
+``python scripts/aot.py --json tests/kernels/aot_table.json``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ ONE_PER_ROW_IN = {
     ("tile_weights", "grad_ptr"),
     ("whole_weights", "grad_ptr"),
     ("weighted_sums", "weight_ptr"),
+    (
+        "backward_persistent",
+        "weight_ptr",
+    ),  # once for all the rows of a program, which has more threads than others
 }
 # Tiles with fewer than 16 bytes a thread: a weight of 256 numbers, a matrix of 16 × 16.
 TOO_SMALL = ("d=256,", "N=16,")
