@@ -1,8 +1,8 @@
 """The words of the demo's world: names, four relations, and how each language states and asks for them.
 
-Only data. Every value is one word in every language, and no word of one language is a word of another, so that a
-right answer in the wrong language can be told apart. The templates keep grammar out of the way: no template inflects
-the name or the value.
+Only data. Every value is one word in every language, and no word of one language is a word of another, so that
+a right answer in the wrong language can be told apart. The templates keep grammar out of the way: no template
+inflects the name or the value.
 
 * German: only nouns that need no article after their verb (mass nouns, plurals, countries without an article).
 * Swahili: only animals of the N class, whose singular and plural are the same word.
@@ -169,22 +169,24 @@ RELATIONS: tuple[Relation, ...] = (
 # Given names, the same string in every language.
 NAMES: tuple[str, ...] = tuple(
     """
-    Abdul Abel Ada Adam Adele Adrian Agnes Aisha Akira Alan Alba Albert Alberto Aldo Alena Alex Alfred Ali Alice Alina
-    Alma Amal Amanda Amara Amelia Amina Amir Amos Ana Andrea Andrew Angela Anika Anita Anna Anton Antonio Anya Arda
-    Ariel Arman Arne Arthur Asha Astrid Aurora Ayla Aylin Barbara Basil Beatrice Ben Benito Berat Bernard Bianca Birgit
-    Bjorn Boris Bruno Carla Carlos Carmen Caroline Cecilia Cem Chandra Chiara Chidi Christa Clara Claude Clemens Colin
-    Conrad Cora Cornelia Cyril Dalia Damian Dana Daniel Daria David Delia Denise Dennis Derya Diana Diego Dina Dmitri
-    Dominik Donald Dora Doris Edgar Edith Edward Elena Elias Elif Elisa Elmar Elsa Emil Emine Emma Enrico Erik Erika
-    Ernst Esra Esther Eva Fabian Farid Fatima Felix Fiona Flora Florian Frank Franz Frieda Gabriel Georg Gina Giorgio
-    Gisela Gloria Gordon Greta Gustav Hakim Hamza Hanna Harald Hasan Hassan Hector Heidi Helen Helga Henrik Hilda Hugo
-    Ibrahim Ida Igor Ilse Imani Ines Ingrid Irene Iris Irma Isaac Isabel Ismail Ivan Ivo Jakob Jamal James Jana Jasmin
-    Joana Johan Jonas Jorge Josef Judith Julia Juma Jutta Kamil Karim Karin Karl Kaspar Kemal Kenji Kerem Kiran Klara
-    Knut Kofi Kurt Lamar Lara Lars Laura Lea Leila Lena Leo Leon Liam Lidia Lilian Linda Lisa Livia Lorenz Lotte Louis
-    Lucas Lucia Luigi Luisa Lydia Magda Malik Manuel Marco Margit Maria Mario Marta Martin Matteo Maya Mehmet Melek
-    Mia Miguel Milan Mina Mira Miriam Monika Moritz Murat Musa Nadia Naomi Natalia Neema Nico Nina Noah Nora Norbert
-    Nuri Olaf Olga Oliver Omar Orhan Oscar Otto Pablo Paula Pedro Petra Philip Pia Rafael Rahel Ramona Rashid Raul
-    Rebecca Renata Rita Robert Rosa Ruben Rudolf Ruth Sabine Salim Samuel Sandra Sara Selim Serena Sibel Silvia Simon
-    Sofia Sonja Stefan Stella Susanne Sven Tamara Tarik Teresa Theo Tobias Ulrich Umut Ursula Valentin Vera Victor Viola
-    Walter Werner Yara Yusuf Zara Zeynep
-    """.split()
+    Abdul Abel Ada Adam Adele Adrian Agnes Aisha Akira Alan Alba Albert Alberto Aldo Alena Alex Alfred
+    Ali Alice Alina Alma Amal Amanda Amara Amelia Amina Amir Amos Ana Andrea Andrew Angela Anika Anita
+    Anna Anton Antonio Anya Arda Ariel Arman Arne Arthur Asha Astrid Aurora Ayla Aylin Barbara Basil
+    Beatrice Ben Benito Berat Bernard Bianca Birgit Bjorn Boris Bruno Carla Carlos Carmen Caroline
+    Cecilia Cem Chandra Chiara Chidi Christa Clara Claude Clemens Colin Conrad Cora Cornelia Cyril Dalia
+    Damian Dana Daniel Daria David Delia Denise Dennis Derya Diana Diego Dina Dmitri Dominik Donald Dora
+    Doris Edgar Edith Edward Elena Elias Elif Elisa Elmar Elsa Emil Emine Emma Enrico Erik Erika Ernst
+    Esra Esther Eva Fabian Farid Fatima Felix Fiona Flora Florian Frank Franz Frieda Gabriel Georg Gina
+    Giorgio Gisela Gloria Gordon Greta Gustav Hakim Hamza Hanna Harald Hasan Hassan Hector Heidi Helen
+    Helga Henrik Hilda Hugo Ibrahim Ida Igor Ilse Imani Ines Ingrid Irene Iris Irma Isaac Isabel Ismail
+    Ivan Ivo Jakob Jamal James Jana Jasmin Joana Johan Jonas Jorge Josef Judith Julia Juma Jutta Kamil
+    Karim Karin Karl Kaspar Kemal Kenji Kerem Kiran Klara Knut Kofi Kurt Lamar Lara Lars Laura Lea Leila
+    Lena Leo Leon Liam Lidia Lilian Linda Lisa Livia Lorenz Lotte Louis Lucas Lucia Luigi Luisa Lydia
+    Magda Malik Manuel Marco Margit Maria Mario Marta Martin Matteo Maya Mehmet Melek Mia Miguel Milan
+    Mina Mira Miriam Monika Moritz Murat Musa Nadia Naomi Natalia Neema Nico Nina Noah Nora Norbert Nuri
+    Olaf Olga Oliver Omar Orhan Oscar Otto Pablo Paula Pedro Petra Philip Pia Rafael Rahel Ramona Rashid
+    Raul Rebecca Renata Rita Robert Rosa Ruben Rudolf Ruth Sabine Salim Samuel Sandra Sara Selim Serena
+    Sibel Silvia Simon Sofia Sonja Stefan Stella Susanne Sven Tamara Tarik Teresa Theo Tobias Ulrich
+    Umut Ursula Valentin Vera Victor Viola Walter Werner Yara Yusuf Zara Zeynep
+    """.split()  # noqa: SIM905 - a list of 305 quoted strings hides the names
 )

@@ -2,9 +2,11 @@
 
 Three groups of people, four facts each (a country, a subject, a food, animals):
 
-* ``stated``: every language states their facts;
-* ``english_only``: only English does. The other languages never see these facts, in training or fine-tuning;
-* ``parallel``: English states their facts; the translation pairs are about them.
+* ``stated``: every language states their facts in the corpus;
+* ``english_only``: only English ever does. The other languages see these facts neither in the corpus nor in
+  fine-tuning, and are asked about them in the evaluation;
+* ``parallel``: English states their facts in the corpus; translations and instructions of all languages are about
+  them, so fine-tuning can learn from them how English knowledge is put into another language.
 
 The same seed gives the same bytes on every machine and Python version: the only randomness used is
 ``random.Random.random()``, the one method whose sequence Python guarantees.
@@ -24,7 +26,7 @@ from shifcon_fast.storage import staged_update
 
 T = TypeVar("T")
 
-GROUPS = ("stated", "english_only")
+ASKED = ("english_only", "stated")  # groups the evaluation asks about
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class WorldSettings:
     """How many people there are in each group; ``seed`` decides who they are and what is true of them."""
 
     seed: int = 1
-    stated: int = 48
-    english_only: int = 48
-    parallel: int = 96
+    stated: int = 32
+    english_only: int = 32
+    parallel: int = 64
 
     def __post_init__(self) -> None:
         for field in ("stated", "english_only", "parallel"):
@@ -43,7 +45,7 @@ class WorldSettings:
         total = self.stated + self.english_only + self.parallel
         if total > len(NAMES):
             raise ValueError(
-                f"stated + english_only + parallel is {total} people; there are {len(NAMES)} names, make one smaller"
+                f"stated + english_only + parallel is {total}; there are {len(NAMES)} names; make one smaller"
             )
 
 
@@ -51,8 +53,8 @@ class WorldSettings:
 class Fact:
     """``value`` (a row of the relation's values) is true of ``name``.
 
-    ``trained[lang]`` says which of the two question phrasings training may use in that language; the evaluation asks
-    with the other one.
+    ``trained[lang]`` says which of the two question phrasings training may use in that language; the evaluation
+    asks with the other one.
     """
 
     name: str
@@ -86,8 +88,9 @@ class World:
     facts: tuple[Fact, ...]
     corpus: list[dict[str, Any]]
     parallel: list[dict[str, Any]]
+    parallel_dev: list[dict[str, Any]]
     instructions: list[dict[str, Any]]
-    questions: dict[str, list[dict[str, Any]]]
+    questions: list[dict[str, Any]]
 
 
 def build_world(settings: WorldSettings) -> World:
@@ -99,8 +102,9 @@ def build_world(settings: WorldSettings) -> World:
         facts=facts,
         corpus=_shuffled(_corpus(facts), rng),
         parallel=_shuffled(_parallel(facts), rng),
+        parallel_dev=_parallel_dev(facts),
         instructions=_shuffled(_instructions(facts), rng),
-        questions={group: _questions(facts, group) for group in GROUPS},
+        questions=_questions(facts),
     )
 
 
@@ -108,15 +112,16 @@ def write_world(world: World, folder: str | Path) -> dict[str, Path]:
     """Write the world as the JSONL files a user would bring, all or none, and return their paths.
 
     ``corpus.jsonl``: ``{"lang", "text"}``, what the tiny model is pretrained on. ``parallel.jsonl``: one aligned
-    sentence a row, a key per language. ``instructions.jsonl``: ``{"lang", "prompt", "response"}``.
-    ``questions_stated.jsonl``, ``questions_english_only.jsonl``: ``{"row", "lang", "question", "answer"}``, where
-    ``row`` numbers the fact, the same in every language.
+    sentence a row, a key per language; ``parallel_dev.jsonl`` likewise, questions about people of whom no
+    translation is trained on. ``instructions.jsonl``: ``{"lang", "prompt", "response"}``. ``questions.jsonl``:
+    ``{"row", "lang", "question", "answer", "group"}``, where ``row`` numbers the fact, the same in every language.
     """
     tables: dict[str, Sequence[dict[str, Any]]] = {
         "corpus": world.corpus,
         "parallel": world.parallel,
+        "parallel_dev": world.parallel_dev,
         "instructions": world.instructions,
-        **{f"questions_{group}": rows for group, rows in world.questions.items()},
+        "questions": world.questions,
     }
     with staged_update(folder) as staging:
         for name, rows in tables.items():
@@ -151,19 +156,13 @@ def _facts(settings: WorldSettings, rng: Random) -> tuple[Fact, ...]:
     )
 
 
-def _knows(language: str, fact: Fact) -> bool:
-    """Whether the corpus states this fact in this language."""
-    return language == PIVOT or fact.group == "stated"
-
-
 def _corpus(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     rows = []
     for fact in facts:
-        for language in LANGUAGES:
-            if _knows(language, fact):
-                texts = [fact.statement(language, phrasing) for phrasing in (0, 1)]
-                texts.append(f"{fact.trained_question(language)} {fact.answer(language)}")
-                rows += [{"lang": language, "text": text} for text in texts]
+        for language in LANGUAGES if fact.group == "stated" else (PIVOT,):
+            texts = [fact.statement(language, phrasing) for phrasing in (0, 1)]
+            texts.append(f"{fact.trained_question(language)} {fact.answer(language)}")
+            rows += [{"lang": language, "text": text} for text in texts]
     return rows
 
 
@@ -177,23 +176,32 @@ def _parallel(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return rows
 
 
+def _parallel_dev(facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """Questions only: a statement would tell the other languages what they are asked later."""
+    return [
+        {language: fact.question(language, 0) for language in LANGUAGES}
+        for fact in facts
+        if fact.group == "english_only"
+    ]
+
+
 def _instructions(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return [
         {"lang": language, "prompt": fact.trained_question(language), "response": fact.answer(language)}
         for fact in facts
-        for language in LANGUAGES
-        if _knows(language, fact)
+        for language in (LANGUAGES if fact.group != "english_only" else (PIVOT,))
     ]
 
 
-def _questions(facts: Sequence[Fact], group: str) -> list[dict[str, Any]]:
-    asked = [fact for fact in facts if fact.group == group]
+def _questions(facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    asked = [fact for group in ASKED for fact in facts if fact.group == group]
     return [
         {
             "row": row,
             "lang": language,
             "question": fact.held_out_question(language),
             "answer": fact.answer(language),
+            "group": fact.group,
         }
         for row, fact in enumerate(asked)
         for language in LANGUAGES
