@@ -4,15 +4,17 @@
     r = 1 / sqrt(mean(h²) + eps)                           r: (M,) float32;  row m has language index[m // (M / I)]
     llama: y = round(round(h r) w)      gemma: y = round(h r (1 + w))      olmo: y = round(h r w)
 
-Everything is computed in float32; ``round`` is to x's dtype. A row whose language is -1 is not shifted, not even by 0.0,
-and one whose language is outside the table becomes NaN instead of reading past its end. Unshifting is the same call
-with the negated table. With g = ∂L/∂y · w (or 1 + w) and n = h r, rounding passed straight through:
+Everything is computed in float32; ``round`` is to x's dtype. A row whose language is -1 is not shifted, not even by
+0.0, and one whose language is outside the table becomes NaN instead of reading past its end. Unshifting is the same
+call with the negated table. With g = ∂L/∂y · w (or 1 + w) and n = h r, rounding passed straight through:
 
     ∂L/∂h = r (g - n mean(g n)) + (∂L/∂h from above)       this is ∂L/∂x and ∂L/∂residual
     ∂L/∂w = Σ_m ∂L/∂y n                                    ∂L/∂shift[k] = Σ over the rows of language k of ∂L/∂h
 
 Source: Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4. No atomics: every sum has one order.
 """
+
+# ruff: noqa: PLR0917 - kernels take their pointers and strides by position, as launches pass them
 
 from __future__ import annotations
 
@@ -59,25 +61,10 @@ def _scaled(normalised, weight, dtype: tl.constexpr, STYLE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_rows(
-    x_ptr,
-    residual_ptr,
-    shift_ptr,
-    index_ptr,
-    weight_ptr,
-    y_ptr,
-    h_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
-    languages,
-    rows_per_index,
-    rows: tl.int64,
-    hidden,
-    eps: tl.float32,
-    STYLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, residual_ptr, shift_ptr, index_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
+    x_stride, residual_stride, languages, rows_per_index, rows: tl.int64, hidden, eps: tl.float32,
+    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One tile of whole rows per program: x, residual, shift read once, h and y written once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -89,16 +76,9 @@ def _forward_rows(
     if shift_ptr is not None:
         language = tl.load(index_ptr + row // rows_per_index, mask=present, other=-1).to(tl.int64)[:, None]
     h = _sum_at(
-        x_ptr,
-        residual_ptr,
-        shift_ptr,
-        language,
-        languages,
-        row_start * x_stride + column,
-        row_start * residual_stride + column,
-        language * hidden + column,
-        live,
-    )
+        x_ptr, residual_ptr, shift_ptr, language, languages,
+        row_start * x_stride + column, row_start * residual_stride + column, language * hidden + column, live,
+    )  # fmt: skip
     if h_ptr is not None:
         tl.store(h_ptr + out, h, mask=live)
     normalised = h.to(tl.float32)
@@ -111,23 +91,10 @@ def _forward_rows(
 
 @triton.jit
 def _forward_looped(
-    x_ptr,
-    residual_ptr,
-    shift_ptr,
-    index_ptr,
-    weight_ptr,
-    y_ptr,
-    h_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
-    languages,
-    rows_per_index,
-    hidden,
-    eps: tl.float32,
-    STYLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, residual_ptr, shift_ptr, index_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
+    x_stride, residual_stride, languages, rows_per_index, hidden, eps: tl.float32,
+    STYLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row per program in blocks of columns, twice; the second time the row comes from the L2 cache."""
     row = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[:, None]
     language = row
@@ -138,16 +105,9 @@ def _forward_looped(
         column = start + tl.arange(0, BLOCK)[None, :]
         live = column < hidden
         h = _sum_at(
-            x_ptr,
-            residual_ptr,
-            shift_ptr,
-            language,
-            languages,
-            row * x_stride + column,
-            row * residual_stride + column,
-            language * hidden + column,
-            live,
-        )
+            x_ptr, residual_ptr, shift_ptr, language, languages,
+            row * x_stride + column, row * residual_stride + column, language * hidden + column, live,
+        )  # fmt: skip
         if h_ptr is not None:
             tl.store(h_ptr + row * hidden + column, h, mask=live)
         squares += h.to(tl.float32) * h.to(tl.float32)
@@ -158,16 +118,9 @@ def _forward_looped(
         live = column < hidden
         # Formed again rather than read back: no thread then depends on what another one wrote.
         h = _sum_at(
-            x_ptr,
-            residual_ptr,
-            shift_ptr,
-            language,
-            languages,
-            row * x_stride + column,
-            row * residual_stride + column,
-            language * hidden + column,
-            live,
-        )
+            x_ptr, residual_ptr, shift_ptr, language, languages,
+            row * x_stride + column, row * residual_stride + column, language * hidden + column, live,
+        )  # fmt: skip
         weight = _factor(weight_ptr, column, hidden, STYLE)
         y = _scaled(h.to(tl.float32) * rstd, weight, h.dtype, STYLE)
         tl.store(y_ptr + row * hidden + column, y, mask=live)
@@ -175,21 +128,10 @@ def _forward_looped(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_rows(
-    grad_y_ptr,
-    grad_h_ptr,
-    h_ptr,
-    weight_ptr,
-    rstd_ptr,
-    grad_x_ptr,
-    grad_y_stride,
-    grad_h_stride,
-    h_stride,
-    rows: tl.int64,
-    hidden,
-    STYLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr,
+    grad_y_stride, grad_h_stride, h_stride, rows: tl.int64, hidden,
+    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Frozen weight: shaped like the forward, one tile of rows per program, four passes over memory."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -213,22 +155,10 @@ def _backward_rows(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_persistent(
-    grad_y_ptr,
-    grad_h_ptr,
-    h_ptr,
-    weight_ptr,
-    rstd_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    grad_y_stride,
-    grad_h_stride,
-    h_stride,
-    rows: tl.int64,
-    hidden,
-    STYLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+    grad_y_stride, grad_h_stride, h_stride, rows: tl.int64, hidden,
+    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Trainable weight: each program walks over tiles of rows and keeps its own sum of ∂L/∂w in registers."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -262,19 +192,10 @@ def _backward_persistent(
 
 @triton.jit
 def _backward_looped(
-    grad_y_ptr,
-    grad_h_ptr,
-    h_ptr,
-    weight_ptr,
-    rstd_ptr,
-    grad_x_ptr,
-    grad_y_stride,
-    grad_h_stride,
-    h_stride,
-    hidden,
-    STYLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr,
+    grad_y_stride, grad_h_stride, h_stride, hidden,
+    STYLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row per program in blocks of columns: once for the mean of g n, once for the gradient."""
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
@@ -300,20 +221,11 @@ def _backward_looped(
 
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk"])
 def _weight_columns(
-    grad_y_ptr,
-    h_ptr,
-    rstd_ptr,
-    partial_ptr,
-    grad_y_stride,
-    h_stride,
-    rows: tl.int64,
-    rows_per_chunk: tl.int64,
-    hidden,
-    STYLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """∂L/∂w of rows too long to keep a whole sum in registers: a block of columns of a chunk of rows per program."""
+    grad_y_ptr, h_ptr, rstd_ptr, partial_ptr,
+    grad_y_stride, h_stride, rows: tl.int64, rows_per_chunk: tl.int64, hidden,
+    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂w of rows too long for a whole sum in registers: a block of columns of a chunk of rows per program."""
     chunk = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = chunk * rows_per_chunk
@@ -333,17 +245,10 @@ def _weight_columns(
 
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk"])
 def _shift_columns(
-    grad_ptr,
-    index_ptr,
-    partial_ptr,
-    grad_stride,
-    rows_per_index,
-    rows: tl.int64,
-    rows_per_chunk: tl.int64,
-    hidden,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, index_ptr, partial_ptr,
+    grad_stride, rows_per_index, rows: tl.int64, rows_per_chunk: tl.int64, hidden,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum of ∂L/∂h over one language's rows: a block of columns of a chunk of rows per program.
 
     Rows of other languages are masked off before they are read, so all the languages together read ∂L/∂h once.
@@ -365,10 +270,10 @@ def _shift_columns(
 
 # Longest row that one program keeps in registers; longer ones take the looped kernels, which have no limit.
 #
-# 16 elements a thread: two 128-bit loads per 16-bit tensor are in flight before the first use, and ~50 registers let
-# 1,024 threads share a multiprocessor: 64 KiB in flight for x and residual, twice what Little's law asks of an H200
-# (4.8 TB/s · 0.8 µs / 132 = 29 KiB). Short rows share a program, so that it still has 2,048 elements to load. Rows of
-# 16,384 in 16 bits have 32 elements a thread, because more than 512 threads would leave 64 registers to each.
+# 16 elements a thread: two 128-bit loads per 16-bit tensor are in flight before the first use, and ~50 registers
+# let 1,024 threads share a multiprocessor: 64 KiB in flight for x and residual, twice what Little's law asks of an
+# H200 (4.8 TB/s · 0.8 µs / 132 = 29 KiB). Short rows share a program, so that it still has 2,048 elements to load.
+# Rows of 16,384 have 32 elements a thread, because more than 512 threads would leave 64 registers to each.
 # Reasoned, not measured; the register counts are in tests/kernels/aot_table.json.
 ROW_LIMIT = 16384
 _ELEMENTS_PER_THREAD = 16
@@ -463,8 +368,10 @@ def backward(
     need_weight: bool,
     need_shift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x and residual (one tensor), weight and shift, each only when needed; the latter two in
-    float32. Never writes into an incoming gradient."""
+    """Return the gradients of x and residual (one tensor), weight and shift, each only when needed.
+
+    The latter two are float32. An incoming gradient is never written into.
+    """
     hidden = h.shape[-1]
     rows = h.numel() // hidden
     grad_x = grad_weight = grad_shift = None
@@ -539,20 +446,9 @@ def _through_norm(
     chunks, per_chunk = _chunks(rows, column_blocks, h.device)
     partial = torch.empty((chunks, hidden), dtype=torch.float32, device=h.device)
     _weight_columns[(column_blocks, chunks)](
-        grad_y,
-        h,
-        rstd,
-        partial,
-        grad_y_stride,
-        h_stride,
-        rows,
-        per_chunk,
-        hidden,
-        STYLE=style,
-        ROWS=_COLUMN_ROWS,
-        BLOCK=_COLUMN_BLOCK,
-        **options(_COLUMN_THREADS),
-    )
+        grad_y, h, rstd, partial, grad_y_stride, h_stride, rows, per_chunk, hidden,
+        STYLE=style, ROWS=_COLUMN_ROWS, BLOCK=_COLUMN_BLOCK, **options(_COLUMN_THREADS),
+    )  # fmt: skip
     return grad_x, partial.sum(0)
 
 
@@ -567,16 +463,7 @@ def _shift_gradient(grad: Tensor, index: Tensor, languages: int) -> Tensor:
     partial = torch.empty((chunks, languages, hidden), dtype=torch.float32, device=grad.device)
     index = index.contiguous()
     _shift_columns[(column_blocks, chunks, languages)](
-        grad,
-        index,
-        partial,
-        hidden,
-        rows // index.numel(),
-        rows,
-        per_chunk,
-        hidden,
-        ROWS=_COLUMN_ROWS,
-        BLOCK=_COLUMN_BLOCK,
-        **options(_COLUMN_THREADS),
-    )
+        grad, index, partial, hidden, rows // index.numel(), rows, per_chunk, hidden,
+        ROWS=_COLUMN_ROWS, BLOCK=_COLUMN_BLOCK, **options(_COLUMN_THREADS),
+    )  # fmt: skip
     return partial.sum(0)

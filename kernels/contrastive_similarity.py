@@ -4,9 +4,9 @@
     b′ = v + o,   o = mean(u) - mean(v)  (or 0)           o: (L, d) float32
     S_nm = scale · u_n · b′_m = scale · (α_n β_m a_n · b_m + r_n)
 
-with α_n = 1 / ‖a_n‖, β_m = 1 / ‖b_m‖ (0 for a zero row) and r_n = u_n · o, all float32. Rows are never normalised in
-memory: the matrix product takes a and b as they are, in their dtype with float32 accumulation, and α, β and r enter
-where a tile of products becomes logits. For the gradient, with W_nm = scale · ∂L/∂S_nm · α_n β_m and
+with α_n = 1 / ‖a_n‖, β_m = 1 / ‖b_m‖ (0 for a zero row) and r_n = u_n · o, all float32. Rows are never normalised
+in memory: the matrix product takes a and b as they are, in their dtype with float32 accumulation, and α, β and r
+enter where a tile of products becomes logits. For the gradient, with W_nm = scale · ∂L/∂S_nm · α_n β_m and
 ρ_n = scale · Σ_m ∂L/∂S_nm, no division is needed and a zero row gets zeros by itself:
 
     p_n = Σ_m W_nm b_m + α_n (ρ_n o + q / N)              q = Σ_n ρ_n u_n: (L, d), the gradient of o
@@ -15,6 +15,8 @@ where a tile of products becomes logits. For the gradient, with W_nm = scale · 
 
 The two products with W are left to the vendor's matrix library. No atomics: every sum has one order.
 """
+
+# ruff: noqa: PLR0917 - kernels take their pointers and strides by position, as launches pass them
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def _product_tile(
 
 @triton.jit
 def tile_start(row_tiles, column_tiles, TILE: tl.constexpr):
-    """First row and column of this program's tile; eight rows of tiles go together, so that L2 holds their inputs."""
+    """First row and column of this program's tile; eight rows of tiles go together, as L2 holds their inputs."""
     program = tl.program_id(0)
     tile_row, tile_column = tl.swizzle2d(
         program // column_tiles, program % column_tiles, row_tiles, column_tiles, 8
@@ -263,8 +265,9 @@ def _through_unit(
 
 # Tiles of products: 128 × 128 × 64 in 16 bits is 64 float32 sums a thread of 256, and 3 stages of 32 KiB of shared
 # memory; two programs then fit on a multiprocessor of an H100. ``info_nce``'s weights hold exponentials besides the
-# products: twice the threads and half the depth, or they would not fit in the registers. float32 products go to the vendor's library:
-# Triton's exact float32 dot runs without tensor cores, and PyTorch's own switch for TF32 stays in force.
+# products: twice the threads and half the depth, or they would not fit in the registers. float32 products go to the
+# vendor's library: Triton's exact float32 dot runs without tensor cores, and PyTorch's own switch for TF32 stays in
+# force.
 # Rows: 2,048 elements for 256 threads, a 128-bit load of a 16-bit tensor a thread; short rows share a program.
 # Reasoned, not measured.
 TILE, DEPTH, TILE_THREADS, TILE_STAGES = 128, 64, 256, 3
@@ -275,7 +278,7 @@ _SUM_ROWS, _SUM_BLOCK, _SUM_THREADS = 8, 512, 128
 
 
 class Scaling(NamedTuple):
-    """What turns products a_n · b_m into logits: α (L, N) and β (L, M), r (L, N), o (L, d); ``None`` where not used."""
+    """What turns a_n · b_m into logits: α (L, N), β (L, M), r (L, N), o (L, d); ``None`` where not used."""
 
     inverse_a: Tensor | None
     inverse_b: Tensor | None

@@ -8,8 +8,8 @@
 R and C are kept as a maximum m and l = log Σ exp(S - m), and P = exp((S - m) - l): their float32 sum would put an
 error of |m| ulps into P, and P - 1 of a well separated positive is a small number.
 
-A tile of S gives its part of the row sums and of the column sums at once, so the symmetric loss costs one pass over S
-forward and one backward. In units of N² d multiply-adds: 1 + 1, and 2 for the products of ∂loss/∂S with a and b.
+A tile of S gives its part of the row sums and of the column sums at once, so the symmetric loss costs one pass over
+S forward and one backward. In units of N² d multiply-adds: 1 + 1, and 2 for the products of ∂loss/∂S with a and b.
 
 Two paths. Up to N = 128, what training uses, a problem's S is one tile: two launches forward (the products, split
 along d so that L problems fill the device; the loss), three backward (the products again, the weights W, the
@@ -17,6 +17,8 @@ gradients). Beyond, tiles: forward in one launch per stripe of rows, backward on
 
 No atomics: every sum has one order. Source: van den Oord et al. 2018, arXiv 1807.03748.
 """
+
+# ruff: noqa: PLR0917 - kernels take their pointers and strides by position, as launches pass them
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ from .contrastive_similarity import (
 )
 from .launch import multiprocessors, on_device_of, options
 
-# ---------------------------------------------------------------------------------------------------- one tile, N ≤ 128
+# --- One tile, N ≤ 128
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def _inverse_root(squares):
 
 @triton.jit
 def _whole_logits(products, squares_a, squares_b, scale, NORMALIZE: tl.constexpr):
-    """S of a problem. Forward and backward must round alike: exp(S - m) of the largest logit has to be 1 in both."""
+    """S of a problem. Forward and backward must round alike: exp(S - m) of the largest logit is 1 in both."""
     if NORMALIZE:
         products *= _inverse_root(squares_a)[:, None]
         products *= _inverse_root(squares_b)[None, :]
@@ -161,10 +163,11 @@ def _tile_of_weights(
 
 @triton.jit
 def _whole_weights(
-    product_ptr, squares_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, grad_ptr, weights_ptr, along_ptr,
-    splits, count, scale: tl.float32, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    product_ptr, squares_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr,
+    grad_ptr, weights_ptr, along_ptr, splits, count, scale: tl.float32,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one problem's W; and α_i² a_i · p_i = α_i² Σ_j W_ij (a_i · b_j), which needs no pass over d.
+    """Some rows of one problem's W, and α_i² a_i · p_i = α_i² Σ_j W_ij (a_i · b_j), which needs no pass over d.
 
     ``along`` (L, 1 + blocks of rows, N) gets that for a, then each block's part of the same for b.
     """
@@ -198,7 +201,7 @@ def _whole_gradient(
     a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden, blocks,
     PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂loss/∂a = W b - α² (a · p) a, and (programs of axis 2) ∂loss/∂b = Wᵀ a - β² (b · t) b, for a block of columns."""
+    """∂loss/∂a = W b - α² (a · p) a, and (axis 2) ∂loss/∂b = Wᵀ a - β² (b · t) b, for a block of columns."""
     problem = tl.program_id(1).to(tl.int64)
     a_start = a_ptr + problem * count * hidden
     b_start = b_ptr + problem * count * hidden
@@ -206,13 +209,13 @@ def _whole_gradient(
     along_start = along_ptr + problem * (1 + blocks) * count
     if tl.program_id(2) == 0:
         _half_gradient(
-            a_start, b_start, weights_start, along_start, grad_a_ptr, problem, count, hidden, 1, count, 1,
-            PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
+            a_start, b_start, weights_start, along_start, grad_a_ptr,
+            problem, count, hidden, 1, count, 1, PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _half_gradient(
-            b_start, a_start, weights_start, along_start + count, grad_b_ptr, problem, count, hidden, blocks, 1, count,
-            PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
+            b_start, a_start, weights_start, along_start + count, grad_b_ptr,
+            problem, count, hidden, blocks, 1, count, PRECISION, NORMALIZE, TILE, CHUNK, BLOCK,
         )  # fmt: skip
 
 
@@ -245,7 +248,7 @@ def _half_gradient(
         tl.store(out + at, grad.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# -------------------------------------------------------------------------------------------------------------- tiles
+# --- Tiles
 
 
 @triton.jit(do_not_specialize=["first_row", "stripe"])
@@ -255,7 +258,7 @@ def _tile_sums(
     count, hidden, first_row, stripe, scale: tl.float32,
     UPCAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile's part of R and of C: sums of exp(S - m), with m the tile's maximum, or scale where no maxima are kept."""
+    """One tile's part of R and C: sums of exp(S - m), m the tile's maximum, or scale where no maxima are kept."""
     problem = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(count, TILE)
     row_start, column_start = tile_start(tl.cdiv(stripe, TILE), tiles, TILE)
@@ -366,8 +369,8 @@ def _tile_weights(
 
 # One tile: with N ≤ 128 a problem's S is at most 64 KiB and stays in the registers of one program (256 threads, 64
 # values each). The products read a and b, 2 L N d values, once; they are split along d until 2 programs per
-# multiprocessor have work, each with at least 256 columns (a split writes 4 N² bytes and reads 8 N · 256 of float32:
-# a sixteenth at N = 64, an eighth at N = 128).
+# multiprocessor have work, each with at least 256 columns (a split writes 4 N² bytes and reads 8 N · 256 of
+# float32: an eighth at N = 64, a quarter at N = 128).
 # Tiles: W takes 2,048 rows at a time, enough 128 × 128 tiles of its products with a and b to fill the device at
 # d ≥ 1,024; where N² is small, several problems share a launch up to 64 MiB of W.
 # Largest scale for which scale is the maximum of a tile: exp(-2 scale) > 1e-35 stays a normal float32.
@@ -515,10 +518,11 @@ def backward(
             NORMALIZE=normalize, ROWS=rows, TILE=tile, **options(128, fuse=False),
         )  # fmt: skip
         # 16-bit values are exact in TF32, and W keeps float32's range; float32 values need the exact product.
-        precision = "ieee" if a.dtype == torch.float32 else "tf32"
+        precision, chunk = ("ieee", 16) if a.dtype == torch.float32 else ("tf32", 16 if threads < 256 else 32)
         _whole_gradient[(triton.cdiv(hidden, _WHOLE_BLOCK), problems, 2)](
             a, b, weights, along, grad_a, grad_b, count, hidden, blocks,
-            PRECISION=precision, NORMALIZE=normalize, TILE=tile, CHUNK=16, BLOCK=_WHOLE_BLOCK, **options(threads),
+            PRECISION=precision, NORMALIZE=normalize,
+            TILE=tile, CHUNK=chunk, BLOCK=_WHOLE_BLOCK, **options(threads),
         )  # fmt: skip
     return grad_a, grad_b
 

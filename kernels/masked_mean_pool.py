@@ -12,6 +12,8 @@ or a zero mean that should become unit length, gives zeros and f = 0. With g = �
 No atomics: partial sums of chunks of tokens are added in one order.
 """
 
+# ruff: noqa: PLR0917 - kernels take their pointers and strides by position, as launches pass them
+
 from __future__ import annotations
 
 import torch
@@ -126,8 +128,8 @@ def _backward(
         tl.store(grad_h_ptr + out, grad_h.to(grad_h_ptr.dtype.element_ty), mask=live)
 
 
-# Forward: 8 tokens × 512 columns for 128 threads are four 128-bit loads of a 16-bit tensor in flight per thread, and
-# 32 float32 sums in registers. Tokens are split into chunks until every multiprocessor has eight such programs
+# Forward: 8 tokens × 512 columns for 128 threads are four 128-bit loads of a 16-bit tensor in flight per thread,
+# and 32 float32 sums in registers. Tokens are split into chunks until every multiprocessor has eight such programs
 # (B · d / 512 blocks of columns are often fewer), but no chunk has under 64 tokens: its partial sum, 4 d bytes
 # written and read, then stays at a sixteenth of the 128 d bytes it read.
 # Backward: 16 tokens × 1,024 columns; the pooled row, its gradient (8 d bytes, from L2) against 32 d bytes written.
