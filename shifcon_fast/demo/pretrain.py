@@ -143,7 +143,7 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
                 bar.update()
             mean_loss = sum(losses) / len(losses)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
