@@ -1,6 +1,6 @@
 """Runs the kernels' contract under Triton's interpreter, in processes of their own.
 
-Triton decides when a kernel is decorated whether it is interpreted, so TRITON_INTERPRET has to be set before any import.
+Triton decides when a kernel is decorated whether it is interpreted, so TRITON_INTERPRET must be set before imports.
 """
 
 from __future__ import annotations
