@@ -1,6 +1,6 @@
 # make demo   create the environment, build what there is to build, run the whole method on a generated world
 # make test   create the environment if it is not there, check style and types, run the tests
-# make format, make clean, make lock
+# make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock
 
-.PHONY: demo test lint format clean lock
+.PHONY: demo test lint aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -23,6 +23,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Registers, spills, shared memory and access widths of every kernel variant; no GPU needed.
+aot: $(VENV)/.ready
+	$(BIN)/python scripts/aot.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
