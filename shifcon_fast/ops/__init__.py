@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from shifcon_fast.ops import reference as _reference  # noqa: F401 - registers its backend
 from shifcon_fast.ops import triton_backend as _triton_backend  # noqa: F401 - registers its backend
-from shifcon_fast.ops import triton_backend as _triton_backend  # noqa: F401 - registers its backend
 from shifcon_fast.ops.contrastive_loss import info_nce
 from shifcon_fast.ops.norm import add_shift_rms_norm
 from shifcon_fast.ops.pooling import masked_mean_pool
