@@ -16,7 +16,7 @@ def test_smoke(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "--smoke", "-q", "--tb=short", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, "--benchmark-json", str(results), str(BENCHMARKS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         capture_output=True,
         text=True,
         timeout=200,
