@@ -13,7 +13,7 @@ BASELINE = "plain QLoRA"
 SHIFCON = "ShifCon QLoRA"
 _SYSTEMS: dict[str, dict[str, Any]] = {
     BASELINE: {"shift": False, "w_gen": 1.0, "w_mcl": 0.0},
-    SHIFCON: {"shift": True, "w_gen": 1.0, "w_mcl": 1.0},
+    SHIFCON: {"shift": True, "w_gen": 1.0, "w_mcl": 0.1, "temperature": 0.1},
 }
 
 
@@ -34,7 +34,7 @@ class DemoSettings:
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "max_steps": 300,
+            "max_steps": 200,
             "per_device_train_batch_size": 64,
             "contrastive_batch_size": 32,
             "learning_rate": 1e-3,
