@@ -140,9 +140,16 @@ def test_every_norm_site_of_an_attached_model_runs_on_the_kernels(
 ) -> None:
     import shifcon_fast as sf
 
+    torch.use_deterministic_algorithms(False)  # attention's own backward is not
     model = tiny_model("llama", layers=4, hidden=32).cuda()
-    means = torch.randn(5, 2, 32)
-    space = sf.LanguageSpace(languages=("en", "sw"), pivot="en", mean=means)
+    space = sf.LanguageSpace(
+        languages=("en", "sw"),
+        pivot="en",
+        mean=torch.randn(5, 2, 32),
+        counts={"en": 9, "sw": 9},
+        rms=torch.ones(5),
+        bos_share=torch.zeros(5, 2),
+    )
     handle = sf.attach(model, space, forward=1, backward=3)
     if checkpointing:
         model.train()
