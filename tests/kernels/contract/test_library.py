@@ -145,10 +145,10 @@ def test_every_norm_site_of_an_attached_model_runs_on_the_kernels(
     space = sf.LanguageSpace(
         languages=("en", "sw"),
         pivot="en",
-        mean=torch.randn(5, 2, 32),
+        mean=torch.randn(4, 2, 32),
         counts={"en": 9, "sw": 9},
-        rms=torch.ones(5),
-        bos_share=torch.zeros(5, 2),
+        rms=torch.ones(4),
+        bos_share=torch.zeros(4, 2),
     )
     handle = sf.attach(model, space, forward=1, backward=3)
     if checkpointing:
