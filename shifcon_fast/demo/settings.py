@@ -21,7 +21,7 @@ _SYSTEMS: dict[str, dict[str, Any]] = {
 class DemoSettings:
     """One demo.
 
-    The settings were chosen in world 1; the demo shows world 2, so that it is no search's own best case.
+    The settings were chosen in world 1, and world 2 was looked at on the way; the demo shows world 3.
 
     Attributes:
         world, pretrain: who there is to know about, and the model that knows it.
@@ -30,7 +30,7 @@ class DemoSettings:
         lora_rank, lora_alpha: of the adapters, on every linear layer of the blocks.
     """
 
-    world: WorldSettings = field(default_factory=lambda: WorldSettings(seed=2))
+    world: WorldSettings = field(default_factory=lambda: WorldSettings(seed=3))
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
