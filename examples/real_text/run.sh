@@ -2,16 +2,20 @@
 # The whole pipeline on real text, through the command line: base model, language space, ShifCon and plain QLoRA,
 # evaluation on held-out articles and MGSM questions, report.
 #
-#   ./run.sh [folder of the real text]        (default: ../../../shared/data)
+#   ./run.sh [folder of the real text]        (default: $SHIFCON_DATA, else ../../../shared/data)
+#
+# EPOCHS, STEPS and QUESTIONS shorten it, to see that it runs: EPOCHS=0.2 STEPS=5 QUESTIONS=5 ./run.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 data="${1:-${SHIFCON_DATA:-../../../shared/data}}"
+steps=(${STEPS:+--max-steps "$STEPS"})
 
-[ -f work/base/config.json ] || python base_model.py --data "$data" --output work
+[ -f work/base/config.json ] || python base_model.py --data "$data" --output work --epochs "${EPOCHS:-2}"
+head -n "${QUESTIONS:-200}" work/questions.jsonl > work/asked.jsonl
 shifcon profile --model work/base --parallel work/parallel.jsonl --output work/space --max-length 256
-shifcon train --config plain.yaml --overwrite
-shifcon train --config shifcon.yaml --overwrite
+shifcon train --config plain.yaml --overwrite "${steps[@]}"
+shifcon train --config shifcon.yaml --overwrite "${steps[@]}"
 shifcon evaluate --model work/run --against work/plain \
-	--parallel work/parallel_dev.jsonl --questions work/questions.jsonl \
+	--parallel work/parallel_dev.jsonl --questions work/asked.jsonl \
 	--max-new-tokens 48 --output work/evaluation
 shifcon report work/evaluation
