@@ -33,6 +33,7 @@ from transformers import (
 
 LANGUAGES = ["en", "de", "es", "fr", "ru", "zh", "ja", "sw"]  # those that the training questions have
 CONTEXT = 256
+ANSWER = 56  # tokens that an answer may take; run.sh generates up to 48
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -112,6 +113,33 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return torch.tensor(stream[: rows * CONTEXT]).view(rows, CONTEXT)
 
 
+def write_tasks(
+    output: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[dict[str, Any]],
+    mgsm: list[dict[str, Any]],
+) -> None:
+    """Instructions and questions, without the few that leave this small context no room for an answer."""
+
+    def fits(texts: list[str], room: int) -> bool:
+        return max(map(len, tokenizer(texts)["input_ids"])) <= CONTEXT - room
+
+    kept = [row for row in problems if fits([f"{row[x]}\n{worked_answer(row)}" for x in LANGUAGES], room=2)]
+    write(
+        output / "instructions.jsonl",
+        [
+            {"lang": language, "prompt": row[language], "response": worked_answer(row)}
+            for row in kept
+            for language in LANGUAGES
+        ],
+    )
+    asked = [row for row in mgsm if fits([row[language] for language in LANGUAGES], room=ANSWER)]
+    write(
+        output / "questions.jsonl",
+        [{key: row[key] for key in ("row", "answer", *LANGUAGES)} for row in asked],
+    )
+
+
 class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
@@ -143,24 +171,9 @@ def main() -> None:
     problems = read(options.data / "gsm8k_train_multi.jsonl")
     write(options.output / "parallel.jsonl", train)
     write(options.output / "parallel_dev.jsonl", dev)
-    write(
-        options.output / "instructions.jsonl",
-        [
-            {"lang": language, "prompt": row[language], "response": worked_answer(row)}
-            for row in problems[:800]
-            for language in LANGUAGES
-        ],
-    )
-    write(
-        options.output / "questions.jsonl",
-        [
-            {key: row[key] for key in ("row", "answer", *LANGUAGES)}
-            for row in read(options.data / "mgsm.jsonl")
-        ],
-    )
-
     texts = base_corpus(train, problems, options.share, options.seed)
     tokenizer = train_tokenizer(texts, options.vocabulary)
+    write_tasks(options.output, tokenizer, problems[:800], read(options.data / "mgsm.jsonl"))
     rows = pack(tokenizer, texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
