@@ -1,10 +1,10 @@
 """Train a small English-dominant Llama on the training part of the project's real text, and write its splits.
 
-    python base_model.py --data ../../../shared/data --output work
+    python base_model.py --data ../../../shared/data --output out
 
-writes ``work/base`` (a checkpoint with a byte-level BPE tokenizer) and, for the CLI, ``work/parallel.jsonl``,
-``work/instructions.jsonl`` (training), ``work/parallel_dev.jsonl`` (held-out articles of the training set) and
-``work/questions.jsonl`` (MGSM, evaluation only).
+writes ``out/base`` (a checkpoint with a byte-level BPE tokenizer) and, for the CLI, ``out/parallel.jsonl``,
+``out/instructions.jsonl`` (training), ``out/parallel_dev.jsonl`` (held-out articles of the training set) and
+``out/questions.jsonl`` (MGSM, evaluation only).
 
 English sees every sentence, solution and question; another language one sentence in ``--share``. FLORES-200,
 MGSM and MSVAMP are for evaluation and never enter the training text (see the data's README).
@@ -156,7 +156,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[3] / "shared" / "data")
-    parser.add_argument("--output", type=Path, default=Path("work"))
+    parser.add_argument("--output", type=Path, default=Path("out"))
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--share", type=int, default=6, help="another language sees one sentence in so many")
     parser.add_argument("--vocabulary", type=int, default=6144)

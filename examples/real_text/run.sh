@@ -10,12 +10,12 @@ cd "$(dirname "$0")"
 data="${1:-${SHIFCON_DATA:-../../../shared/data}}"
 steps=(${STEPS:+--max-steps "$STEPS"})
 
-[ -f work/base/config.json ] || python base_model.py --data "$data" --output work --epochs "${EPOCHS:-2}"
-head -n "${QUESTIONS:-200}" work/questions.jsonl > work/asked.jsonl
-shifcon profile --model work/base --parallel work/parallel.jsonl --output work/space --max-length 256
+[ -f out/base/config.json ] || python base_model.py --data "$data" --output out --epochs "${EPOCHS:-2}"
+head -n "${QUESTIONS:-200}" out/questions.jsonl > out/asked.jsonl
+shifcon profile --model out/base --parallel out/parallel.jsonl --output out/space --max-length 256
 shifcon train --config plain.yaml --overwrite "${steps[@]}"
 shifcon train --config shifcon.yaml --overwrite "${steps[@]}"
-shifcon evaluate --model work/run --against work/plain \
-	--parallel work/parallel_dev.jsonl --questions work/asked.jsonl \
-	--max-new-tokens 48 --output work/evaluation
-shifcon report work/evaluation
+shifcon evaluate --model out/run --against out/plain \
+	--parallel out/parallel_dev.jsonl --questions out/asked.jsonl \
+	--max-new-tokens 48 --output out/evaluation
+shifcon report out/evaluation
