@@ -1,8 +1,7 @@
 """Muon: momentum whose update is made orthogonal, for the matrices inside the blocks.
 
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. It learns the demo's facts in a third of the
-steps that
-AdamW takes. ``torch.optim.Muon`` is the same method one matrix at a time in bfloat16, which processors without
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. It learns the demo's facts in fewer steps
+than AdamW. ``torch.optim.Muon`` is the same method one matrix at a time in bfloat16, which processors without
 bfloat16 arithmetic emulate slowly; this one works in float32, on all matrices of one shape at once.
 """
 

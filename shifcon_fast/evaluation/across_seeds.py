@@ -1,11 +1,9 @@
 """Intervals for a method that was trained with several seeds and tested on many items.
 
 Two sources of chance: another seed would have given another model, and another test set other items. An
-interval over items alone says nothing about the first, and three seeds are too few to resample: in simulation
-(3 seeds of 200 items, differences between seeds of 8 points) a hierarchical percentile bootstrap that claims
-95 % covers the truth 81 % of the time. The analysis of variance of the same two random effects, with
-Student's t at Satterthwaite's degrees of freedom (Satterthwaite 1946), covers 93 to 98 % with 3 or 5 seeds
-and 0 to 8 points between them.
+interval over items alone says nothing about the first, and three seeds are too few to resample
+them. This is the analysis of variance of the two random effects, with Student's t at Satterthwaite's degrees
+of freedom (Satterthwaite 1946); a test simulates how often it covers the truth.
 
 With S seeds and I items, x the S × I outcomes and x̄ₛ, x̄ᵢ their row and column means:
 
