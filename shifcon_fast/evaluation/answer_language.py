@@ -7,8 +7,8 @@ are Telugu), and, among the languages that are left, py3langid (https://github.c
 Answers without enough letters ("42", "x = 7", "Berlin") are *undecided*: they count neither for nor against.
 
 On NTREX-128 (150 sentences in each of 16 languages, all 16 as candidates) the tests ask that at least 99 % of
-whole sentences are decided and 99.8 % of those right; cut to 20 characters, at least 85 % and 98 %. Only candidates can be
-named: text in a language that is not among them is called the nearest one in its script, or ``other`` where
+whole sentences are decided and 99.8 % of those right; cut to 20 characters, at least 85 % and 98 %.
+Only candidates can be named: text in a language that is not among them is called the nearest one in its script, or ``other`` where
 none uses the script.
 """
 
