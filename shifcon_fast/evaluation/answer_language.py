@@ -8,8 +8,8 @@ Answers without enough letters ("42", "x = 7", "Berlin") are *undecided*: they c
 
 On NTREX-128 (150 sentences in each of 16 languages, all 16 as candidates) the tests ask that at least 99 % of
 whole sentences are decided and 99.8 % of those right; cut to 20 characters, at least 85 % and 98 %.
-Only candidates can be named: text in a language that is not among them is called the nearest one in its script, or ``other`` where
-none uses the script.
+Only candidates can be named: text in a language that is not among them is called the nearest one in its
+script, or ``other`` where none uses the script.
 """
 
 from __future__ import annotations
