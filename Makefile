@@ -7,7 +7,7 @@ VENV   ?= .venv
 DEMO   ?= demo-output
 BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
-INPUTS := pyproject.toml setup.py requirements.lock
+INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc")
 
 .PHONY: demo test lint aot format clean lock
 
@@ -35,7 +35,7 @@ format: $(VENV)/.ready
 # torch first and by its pin: a range would resolve to the newest CUDA build, and an isolated build would fetch it again.
 $(VENV)/.ready: $(INPUTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools wheel torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools wheel ninja torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock \
 		--no-build-isolation --editable '.[test]'
 	@touch $@

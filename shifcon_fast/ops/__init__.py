@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shifcon_fast.ops import native_backend as _native_backend  # noqa: F401 - registers its backend
 from shifcon_fast.ops import reference as _reference  # noqa: F401 - registers its backend
 from shifcon_fast.ops import triton_backend as _triton_backend  # noqa: F401 - registers its backend
 from shifcon_fast.ops.contrastive_loss import info_nce

@@ -1,0 +1,134 @@
+// add_shift_rms_norm on the CPU: arguments, results, threads. The arithmetic: kernels/add_shift_rms_norm.cpp.
+
+#include "add_shift_rms_norm.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "tensors.h"
+
+namespace shifcon {
+namespace {
+
+Style style_of(int64_t style) {
+  STD_TORCH_CHECK(style >= 0 && style <= 2, "style: got ", style, "; wanted 0 (llama), 1 (gemma) or 2 (olmo)");
+  return static_cast<Style>(style);
+}
+
+void check_width(const Rows& rows, const Rows& x, const char* name) {
+  STD_TORCH_CHECK(rows.width == x.width, name, ": got ", rows.width, " numbers a row; wanted ", x.width);
+}
+
+void check_like(const Rows& rows, const Rows& x, const char* name) {
+  check_width(rows, x, name);
+  STD_TORCH_CHECK(rows.count == x.count && rows.dtype == x.dtype, name, ": wanted shape and dtype of x");
+}
+
+Rows weight_row(const Tensor& weight, const Rows& x, Tensor& keep) {
+  Rows row = rows_of(weight, "weight", keep);
+  check_width(row, x, "weight");
+  STD_TORCH_CHECK(row.count == 1, "weight: wanted one dimension");
+  return row;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, OptionalTensor residual,
+                                           OptionalTensor shift, OptionalTensor index, double eps,
+                                           int64_t style) {
+  Tensor kept[5] = {x, x, x, x, x};
+  NormForward p;
+  p.x = rows_of(x, "x", kept[0]);
+  STD_TORCH_CHECK(p.x.dtype != Dtype::float64, "x: float64 is for the reference backend");
+  p.weight = weight_row(weight, p.x, kept[1]);
+  if (residual) check_like(p.residual = rows_of(*residual, "residual", kept[2]), p.x, "residual");
+  if (shift) {
+    STD_TORCH_CHECK(index.has_value(), "index: wanted together with shift");
+    p.shift = rows_of(*shift, "shift", kept[3]);
+    check_width(p.shift, p.x, "shift");
+    p.index = ids_of(*index, x, p.shift.count, "index", kept[4]);
+  }
+  p.eps = static_cast<float>(eps);
+  p.style = style_of(style);
+  const auto shape = x.sizes();
+  const Tensor y = empty(shape, x.scalar_type());
+  const Tensor h = residual || shift ? empty(shape, x.scalar_type()) : empty({0}, x.scalar_type());
+  const Tensor rstd = empty({shape.data(), shape.size() - 1}, ScalarType::Float);
+  p.y = y.data_ptr();
+  p.h = residual || shift ? h.data_ptr() : nullptr;
+  p.rstd = static_cast<float*>(rstd.data_ptr());
+  auto* kernel = SHIFCON_PICK(norm_forward);
+  torch::stable::parallel_for(0, p.x.count, grain(p.x.width),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {y, h, rstd};
+}
+
+std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const Tensor& h, const Tensor& weight,
+                             const Tensor& rstd, OptionalTensor index, int64_t languages, int64_t style,
+                             bool need_input, bool need_weight, bool need_shift) {
+  Tensor kept[5] = {h, h, h, h, h};
+  NormBackward p = {};
+  p.h = rows_of(h, "h", kept[0]);
+  STD_TORCH_CHECK(p.h.dtype != Dtype::float64, "h: float64 is for the reference backend");
+  p.weight = weight_row(weight, p.h, kept[1]);
+  if (grad_y) check_like(p.grad_y = rows_of(*grad_y, "grad_y", kept[2]), p.h, "grad_y");
+  if (grad_h) check_like(p.grad_h = rows_of(*grad_h, "grad_h", kept[3]), p.h, "grad_h");
+  STD_TORCH_CHECK(grad_y || grad_h, "grad_y, grad_h: got neither; wanted at least one");
+  STD_TORCH_CHECK(rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && rstd.numel() == p.h.count &&
+                      rstd.is_contiguous(),
+                  "rstd: wanted one float32 per row of h");
+  p.rstd = static_cast<const float*>(rstd.data_ptr());
+  p.style = style_of(style);
+  need_weight = need_weight && grad_y.has_value();
+  if (need_shift) {
+    STD_TORCH_CHECK(index.has_value(), "index: wanted for the gradient of shift");
+    p.index = ids_of(*index, h, languages, "index", kept[4]);
+  }
+
+  const int64_t width = p.h.width, threads = torch::stable::get_num_threads();
+  // A chunk of rows is what one partial sum of ∂L/∂w covers, so there are as many as threads.
+  const int64_t smallest = grain(width);
+  p.chunk = need_weight ? std::max((p.h.count + threads - 1) / threads, smallest) : 1;
+  const int64_t chunks = (p.h.count + p.chunk - 1) / p.chunk;
+  std::vector<Tensor> results;
+  Tensor along = h, partial = h;
+  if (need_input) {
+    results.push_back(empty(h.sizes(), h.scalar_type()));
+    p.grad_input = results.back().data_ptr();
+  }
+  if (need_weight) {
+    results.push_back(empty({width}, ScalarType::Float));
+    partial = empty({std::max<int64_t>(chunks, 1), width}, ScalarType::Float);
+    p.grad_weight = static_cast<float*>(partial.data_ptr());
+  }
+  const Tensor* grad_weight = need_weight ? &results.back() : nullptr;
+  if (need_shift && grad_y) {
+    along = empty({p.h.count}, ScalarType::Float);
+    p.along = static_cast<float*>(along.data_ptr());
+  }
+  if (p.grad_input || p.grad_weight || p.along) {
+    auto* kernel = SHIFCON_PICK(norm_backward);
+    torch::stable::parallel_for(0, chunks, need_weight ? 1 : smallest,
+                                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+  if (grad_weight) {
+    float* total = static_cast<float*>(grad_weight->data_ptr());
+    for (int64_t at = 0; at < width; ++at) total[at] = chunks > 0 ? p.grad_weight[at] : 0;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t at = 0; at < width; ++at) total[at] += p.grad_weight[chunk * width + at];
+  }
+  if (need_shift) {
+    results.push_back(zeros({languages, width}, ScalarType::Float));
+    p.grad_shift = static_cast<float*>(results.back().data_ptr());
+    auto* kernel = SHIFCON_PICK(norm_backward_shift);
+    torch::stable::parallel_for(0, width, std::max<int64_t>(64, grain(p.h.count)),
+                                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+  return results;
+}
+
+}  // namespace
+}  // namespace shifcon
+
+STABLE_TORCH_LIBRARY_IMPL(shifcon_fast_cpu, CPU, m) {
+  m.impl("add_shift_rms_norm", TORCH_BOX(&shifcon::forward));
+  m.impl("add_shift_rms_norm_backward", TORCH_BOX(&shifcon::backward));
+}

@@ -1,0 +1,280 @@
+// h = round(x + residual + shift[index]),  rstd = 1 / √(mean(h²) + eps),  x̂ = h · rstd,  in float32, and
+//
+//   llama: y = round(round(x̂) · w)      gemma: y = round(x̂ · (1 + w))      olmo: y = round(x̂ · w)
+//
+// With g = ∂L/∂y · w (or 1 + w):  ∂L/∂h = rstd · (g - x̂ · mean(g · x̂)) + (∂L/∂h from above),
+// ∂L/∂w = Σ_rows ∂L/∂y · x̂ (llama: round(x̂)),  ∂L/∂shift[l] = Σ_{rows of language l} ∂L/∂h.
+//
+// A row is read from memory once: its second pass finds it in the first-level cache.
+
+#include "add_shift_rms_norm.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace shifcon {
+namespace SHIFCON_LEVEL {
+namespace {
+
+// Sums over rows run through a partial sum of so many rows: the error grows with the number of partial sums.
+constexpr int64_t kRowsPerPartialSum = 64;
+constexpr int64_t kUnroll = 4;
+
+// Σ f(position, count) over a row, in independent chains of additions.
+template <class Function>
+SHIFCON_INLINE float sum_over(int64_t width, Function&& f) {
+  Vector total[kUnroll] = {};
+  int64_t at = 0;
+  for (; at + kUnroll * kLanes <= width; at += kUnroll * kLanes)
+    for (int64_t i = 0; i < kUnroll; ++i) total[i] += f(at + i * kLanes, kLanes);
+  for (; at + kLanes <= width; at += kLanes) total[0] += f(at, kLanes);
+  if (at < width) total[1] += f(at, width - at);
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// h of one row into `h`, and Σ h².
+template <bool kResidual, bool kShift, class T>
+SHIFCON_INLINE float add_row(const T* x, const T* residual, const float* shift, T* h, int64_t width) {
+  return sum_over(width, [&](int64_t at, int64_t count) {
+    Vector total = load_lanes(x + at, count);
+    if (kResidual) total += load_lanes(residual + at, count);
+    if (kShift) total += load_lanes(shift + at, count);
+    total = store_rounded_lanes(h + at, total, count);
+    return total * total;
+  });
+}
+
+template <class T>
+SHIFCON_INLINE float square_sum(const T* h, int64_t width) {
+  return sum_over(width, [&](int64_t at, int64_t count) {
+    const Vector value = load_lanes(h + at, count);
+    return value * value;
+  });
+}
+
+// A row to which nothing is added stays what it was bit for bit: -0.0 + 0.0 would be 0.0, and NaN has many faces.
+template <class T>
+SHIFCON_INLINE float copy_row(const T* x, T* h, int64_t width) {
+  __builtin_memcpy(h, x, static_cast<size_t>(width) * sizeof(T));
+  return square_sum(x, width);
+}
+
+template <bool kLlama, class T>
+SHIFCON_INLINE void normalise_row(const T* h, const float* factor, float rstd, T* y, int64_t width) {
+  const Vector scale = broadcast(rstd);
+  for_each_vector(width, [&](int64_t at, int64_t count) {
+    Vector normalised = load_lanes(h + at, count) * scale;
+    if (kLlama) normalised = rounded_as<T>(normalised);
+    store_lanes(y + at, normalised * load_lanes(factor + at, count), count);
+  });
+}
+
+// w, or 1 + w, in float32.
+SHIFCON_INLINE const float* factor_row(const Rows& weight, Style style, float* scratch) {
+  const float* row = float_row(weight, 0, scratch);
+  if (style != Style::gemma) return row;
+  for (int64_t at = 0; at < weight.width; ++at) scratch[at] = 1.0f + row[at];
+  return scratch;
+}
+
+template <class T>
+SHIFCON_FLAT void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
+  const int64_t width = p.x.width;
+  const Scratch<float> factor_scratch(width), shift_scratch(p.shift.data ? width : 0);
+  const Scratch<T> x_scratch(p.x.width_stride == 1 ? 0 : width);
+  const Scratch<T> residual_scratch(p.residual.width_stride == 1 ? 0 : width);
+  const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = contiguous_row(p.x, row, x_scratch.get());
+    const T* h = x;
+    float squares;
+    if (p.h == nullptr) {
+      squares = square_sum(x, width);
+    } else {
+      T* out = static_cast<T*>(p.h) + row * width;
+      const T* residual = p.residual.data ? contiguous_row(p.residual, row, residual_scratch.get()) : nullptr;
+      const int64_t id = p.shift.data ? id_of_row(p.index, row) : -1;
+      const float* shift = id >= 0 ? float_row(p.shift, id, shift_scratch.get()) : nullptr;
+      if (residual && shift) squares = add_row<true, true>(x, residual, shift, out, width);
+      else if (residual) squares = add_row<true, false>(x, residual, shift, out, width);
+      else if (shift) squares = add_row<false, true>(x, residual, shift, out, width);
+      else squares = copy_row(x, out, width);
+      h = out;
+    }
+    const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + p.eps);
+    p.rstd[row] = rstd;
+    T* y = static_cast<T*>(p.y) + row * width;
+    if (p.style == Style::llama) normalise_row<true>(h, factor, rstd, y, width);
+    else normalise_row<false>(h, factor, rstd, y, width);
+  }
+}
+
+// ∂L/∂h of one vector, from its row's mean(g · x̂).
+template <bool kAbove, class T>
+SHIFCON_INLINE Vector grad_of(const T* grad_y, const T* grad_h, const T* h, const float* factor, Vector rstd,
+                              Vector along, int64_t at, int64_t count) {
+  const Vector normalised = load_lanes(h + at, count) * rstd;
+  const Vector g = load_lanes(grad_y + at, count) * load_lanes(factor + at, count);
+  const Vector through = (g - normalised * along) * rstd;
+  return kAbove ? through + load_lanes(grad_h + at, count) : through;
+}
+
+template <class T>
+struct BackwardRow {
+  const T* grad_y;
+  const T* grad_h;
+  const T* h;
+};
+
+// The rows of a backward pass, with a copy of those that do not lie side by side.
+template <class T>
+class BackwardRows {
+ public:
+  explicit BackwardRows(const NormBackward& p)
+      : p_(p), grad_y_(scratch_for(p.grad_y)), grad_h_(scratch_for(p.grad_h)), h_(scratch_for(p.h)) {}
+  BackwardRow<T> operator[](int64_t row) const {
+    return {p_.grad_y.data ? contiguous_row(p_.grad_y, row, grad_y_.get()) : nullptr,
+            p_.grad_h.data ? contiguous_row(p_.grad_h, row, grad_h_.get()) : nullptr,
+            contiguous_row(p_.h, row, h_.get())};
+  }
+
+ private:
+  static int64_t scratch_for(const Rows& rows) { return rows.width_stride == 1 ? 0 : rows.width; }
+  const NormBackward& p_;
+  const Scratch<T> grad_y_, grad_h_, h_;
+};
+
+template <class T>
+SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const float* factor, float rstd, int64_t width) {
+  const float total = sum_over(width, [&](int64_t at, int64_t count) {
+    return load_lanes(row.grad_y + at, count) * load_lanes(factor + at, count) * load_lanes(row.h + at, count);
+  });
+  return total * rstd / static_cast<float>(width);
+}
+
+template <class T>
+SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int64_t last_chunk) {
+  const int64_t width = p.h.width;
+  const Scratch<float> factor_scratch(width), partial_scratch(p.grad_weight ? width : 0);
+  const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
+  const BackwardRows<T> rows(p);
+  for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+    const int64_t begin = chunk * p.chunk;
+    const int64_t end = begin + p.chunk < p.h.count ? begin + p.chunk : p.h.count;
+    float* total = p.grad_weight ? p.grad_weight + chunk * width : nullptr;
+    float* partial = partial_scratch.get();
+    if (total) {
+      for (int64_t at = 0; at < width; ++at) total[at] = partial[at] = 0;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      const BackwardRow<T> here = rows[row];
+      T* out = p.grad_input ? static_cast<T*>(p.grad_input) + row * width : nullptr;
+      if (here.grad_y == nullptr) {
+        if (p.along) p.along[row] = 0;
+        if (out) {
+          for_each_vector(width, [&](int64_t at, int64_t count) {
+            store_lanes(out + at, load_lanes(here.grad_h + at, count), count);
+          });
+        }
+        continue;
+      }
+      const Vector rstd = broadcast(p.rstd[row]);
+      if (out || p.along) {
+        const float mean = mean_along(here, factor, p.rstd[row], width);
+        if (p.along) p.along[row] = mean;
+        const Vector along = broadcast(mean);
+        if (out && here.grad_h) {
+          for_each_vector(width, [&](int64_t at, int64_t count) {
+            const Vector grad = grad_of<true>(here.grad_y, here.grad_h, here.h, factor, rstd, along, at, count);
+            store_lanes(out + at, grad, count);
+          });
+        } else if (out) {
+          for_each_vector(width, [&](int64_t at, int64_t count) {
+            const Vector grad = grad_of<false>(here.grad_y, here.grad_h, here.h, factor, rstd, along, at, count);
+            store_lanes(out + at, grad, count);
+          });
+        }
+      }
+      if (total) {
+        const bool llama = p.style == Style::llama;
+        for_each_vector(width, [&](int64_t at, int64_t count) {
+          Vector normalised = load_lanes(here.h + at, count) * rstd;
+          if (llama) normalised = rounded_as<T>(normalised);
+          const Vector grad = load_lanes(here.grad_y + at, count) * normalised;
+          store_lanes(partial + at, load_lanes(partial + at, count) + grad, count);
+        });
+        if ((row - begin) % kRowsPerPartialSum == kRowsPerPartialSum - 1 || row == end - 1) {
+          for (int64_t at = 0; at < width; ++at) {
+            total[at] += partial[at];
+            partial[at] = 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ∂L/∂shift, some columns of every row: no two threads write the same number, and every sum has one order.
+template <class T>
+SHIFCON_FLAT void backward_shift_columns(const NormBackward& p, int64_t begin, int64_t end) {
+  const int64_t width = p.h.width, columns = end - begin;
+  const Scratch<float> factor_scratch(width), partial_scratch(columns);
+  const float* factor = factor_row(p.weight, p.style, factor_scratch.get()) + begin;
+  float* partial = partial_scratch.get();
+  const BackwardRows<T> rows(p);
+  int64_t language = -1, summed = 0;
+  for (int64_t at = 0; at < columns; ++at) partial[at] = 0;
+  auto flush = [&] {
+    if (summed == 0) return;
+    float* total = p.grad_shift + language * width + begin;
+    for (int64_t at = 0; at < columns; ++at) {
+      total[at] += partial[at];
+      partial[at] = 0;
+    }
+    summed = 0;
+  };
+  for (int64_t row = 0; row < p.h.count; ++row) {
+    const int64_t id = id_of_row(p.index, row);
+    if (id < 0) continue;
+    if (id != language || summed == kRowsPerPartialSum) flush();
+    language = id;
+    ++summed;
+    const BackwardRow<T> here = rows[row];
+    const T* grad_h = here.grad_h ? here.grad_h + begin : nullptr;
+    if (here.grad_y == nullptr) {
+      for_each_vector(columns, [&](int64_t at, int64_t count) {
+        store_lanes(partial + at, load_lanes(partial + at, count) + load_lanes(grad_h + at, count), count);
+      });
+      continue;
+    }
+    const Vector rstd = broadcast(p.rstd[row]), along = broadcast(p.along[row]);
+    for_each_vector(columns, [&](int64_t at, int64_t count) {
+      const T* grad_y = here.grad_y + begin;
+      const T* h = here.h + begin;
+      const Vector grad = grad_h ? grad_of<true>(grad_y, grad_h, h, factor, rstd, along, at, count)
+                                 : grad_of<false>(grad_y, grad_h, h, factor, rstd, along, at, count);
+      store_lanes(partial + at, load_lanes(partial + at, count) + grad, count);
+    });
+  }
+  flush();
+}
+
+}  // namespace
+
+void norm_forward(const NormForward& p, int64_t begin, int64_t end) {
+  with_dtype(p.x.dtype, [&](auto* type) { forward_rows<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+}
+
+void norm_backward(const NormBackward& p, int64_t begin, int64_t end) {
+  with_dtype(p.h.dtype, [&](auto* type) { backward_rows<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+}
+
+void norm_backward_shift(const NormBackward& p, int64_t begin, int64_t end) {
+  with_dtype(p.h.dtype,
+             [&](auto* type) { backward_shift_columns<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+}
+
+}  // namespace SHIFCON_LEVEL
+}  // namespace shifcon

@@ -1,0 +1,92 @@
+#include "tensors.h"
+
+#include <vector>
+
+namespace shifcon {
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": wanted a CPU tensor");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::Double: return Dtype::float64;
+    default: STD_TORCH_CHECK(false, name, ": wanted float32, bfloat16, float16 or float64");
+  }
+}
+
+Rows rows_of(const Tensor& tensor, const char* name, Tensor& keep) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(dims >= 1, name, ": wanted at least one dimension");
+  Rows rows;
+  rows.dtype = dtype_of(tensor, name);
+  rows.data = tensor.data_ptr();
+  rows.width = tensor.size(dims - 1);
+  rows.width_stride = tensor.stride(dims - 1);
+  if (rows.width <= 1) rows.width_stride = 1;
+  rows.count = 1;
+  for (int64_t dim = 0; dim < dims - 1; ++dim) {
+    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+    rows.count *= size;
+    if (size == 1) continue;
+    const int last = rows.leading - 1;
+    if (last >= 0 && rows.stride[last] == size * stride) {  // lies evenly after the one before it
+      rows.size[last] *= size;
+      rows.stride[last] = stride;
+      continue;
+    }
+    if (rows.leading == kMaxLeading) {
+      keep = torch::stable::contiguous(tensor);
+      return rows_of(keep, name, keep);
+    }
+    rows.size[rows.leading] = size;
+    rows.stride[rows.leading++] = stride;
+  }
+  return rows;
+}
+
+Ids ids_of(const Tensor& index, const Tensor& x, int64_t languages, const char* name, Tensor& keep) {
+  STD_TORCH_CHECK(index.is_cpu(), name, ": wanted a CPU tensor");
+  const ScalarType type = index.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, name, ": wanted int64 or int32");
+  STD_TORCH_CHECK(index.dim() < x.dim(), name, ": wanted a prefix of x.shape[:-1]");
+  Ids ids;
+  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) {
+    if (dim >= index.dim()) ids.rows_per_id *= x.size(dim);
+    else STD_TORCH_CHECK(index.size(dim) == x.size(dim), name, ": wanted a prefix of x.shape[:-1]");
+  }
+  keep = index.is_contiguous() ? index : torch::stable::contiguous(index);
+  ids.data = keep.data_ptr();
+  ids.is_int64 = type == ScalarType::Long;
+  ids.count = keep.numel();
+  for (int64_t position = 0; position < ids.count; ++position) {
+    const int64_t id = id_at(ids, position);
+    STD_TORCH_CHECK(id >= -1 && id < languages, name, ": got language id ", id, "; wanted -1 to ", languages - 1);
+  }
+  return ids;
+}
+
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  // Not torch::stable::empty, which goes through the boxed dispatcher and costs several times this.
+  const size_t dims = shape.size();
+  int64_t few[8];
+  std::vector<int64_t> many(dims > 8 ? dims : 0);
+  int64_t* strides = dims > 8 ? many.data() : few;
+  int64_t stride = 1;
+  for (size_t dim = dims; dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= shape[dim] > 1 ? shape[dim] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(dims), shape.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0,
+      &handle));
+  return Tensor(handle);
+}
+
+Tensor zeros(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  Tensor tensor = empty(shape, type);
+  return torch::stable::zero_(tensor);
+}
+
+}  // namespace shifcon

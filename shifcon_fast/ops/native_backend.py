@@ -1,0 +1,76 @@
+"""The native backend: registers the compiled operators of csrc/, and says where they cannot run."""
+
+# ruff: noqa: PLR0917 - the arguments follow the operators' schemas, which are positional
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shifcon_fast import _native
+from shifcon_fast.ops.registry import register_backend
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_STYLES = {"llama": 0, "gemma": 1, "olmo": 2}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled operators cannot run on ``device`` and ``dtype``, or ``None`` if they can."""
+    if device.type != "cpu":
+        return f"it is compiled for the CPU, not for {device.type}"
+    if dtype not in _DTYPES:
+        return f"it is compiled for float32, bfloat16 and float16, not for {dtype}"
+    return _native.load("cpu")
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    shift: Tensor | None,
+    index: Tensor | None,
+    eps: float,
+    style: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    y, h, rstd = torch.ops.shifcon_fast_cpu.add_shift_rms_norm(
+        x, weight, residual, shift, index, eps, _STYLES[style]
+    )
+    return y, (None if residual is None and shift is None else h), rstd
+
+
+def norm_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    index: Tensor | None,
+    languages: int,
+    style: str,
+    need_input: bool,
+    need_weight: bool,
+    need_shift: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    found = iter(
+        torch.ops.shifcon_fast_cpu.add_shift_rms_norm_backward(
+            grad_y,
+            grad_h,
+            h,
+            weight,
+            rstd,
+            index,
+            languages,
+            _STYLES[style],
+            need_input,
+            need_weight,
+            need_shift,
+        )
+    )
+    needs = (need_input, need_weight and grad_y is not None, need_shift)
+    grad_input, grad_weight, grad_shift = (next(found) if needed else None for needed in needs)
+    return grad_input, grad_weight, grad_shift
+
+
+register_backend(
+    "add_shift_rms_norm", "native", forward=norm_forward, backward=norm_backward, unavailable=unavailable
+)
