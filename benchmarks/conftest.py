@@ -1,28 +1,42 @@
 """How the operators and their peers are timed; run ``pytest benchmarks`` (``--smoke`` for tiny sizes, one round).
 
-On CUDA every call is timed over inputs that rotate through more memory than the L2 cache holds, in a CUDA graph, so
-that neither a warm cache nor the host's launches are measured; the host's own cost has a benchmark of its own.
-Gradients are dense and random. A figure is the median over the rounds. Beside milliseconds stand GB/s of the bytes
-that the operation must move (each input read once, each output written once) and the share of the bandwidth that a
-device-to-device copy reached in the same run. A peer that cannot run, or computes something else, is skipped with
-the reason. On the CPU pytest-benchmark times the calls directly.
+Calls take turns over inputs that together hold more memory than the last-level cache, so that no cache is warm.
+Gradients are dense and random. On CUDA, device time is taken in a CUDA graph and the host's time stands beside
+it; on the CPU it is the clock's. A figure is the median over at least 15 rounds after a warm-up, with the distance
+between the quartiles. Beside milliseconds stand GB/s of the bytes that the operation must move (each input read
+once, each output written once) or TFLOP/s of the products it must form, and their share of the ceilings
+(``ceilings.py``) measured in the same run. A peer that cannot run, or computes something else, is skipped with the
+reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
-import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-Call = Callable[[], Any]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import ceilings
+from timing import (
+    Call,
+    Timing,
+    rounds_and_iterations,
+    time_host,
+    time_in_graph,
+    time_with_events,
+)
+
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "inf-cl")
-_ROTATED_BYTES = 512 * 2**20  # several times the 50 to 60 MB of L2 of an H100 or H200
+# Several times the 50 to 60 MB of L2 of an H100 or H200, and of what a few cores have of a server's L3.
+_ROTATED_BYTES = {"cuda": 512 * 2**20, "cpu": 256 * 2**20}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +54,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             machine_info["packages"][package] = None
     machine_info["cuda"] = torch.version.cuda
     machine_info["device"] = platform.processor() or platform.machine()
+    machine_info["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         machine_info["device"] = properties.name
@@ -49,6 +64,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["driver_and_clocks"] = found[0] if found else None
 
 
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    """The ceilings of this very session go into its record; they are measured but once."""
+    output_json["ceilings"] = ceilings.measured(ceilings.default_device(), bool(config.getoption("--smoke")))
+
+
 @pytest.fixture(scope="session")
 def smoke(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--smoke"))
@@ -56,106 +78,96 @@ def smoke(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="session")
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a device-to-device copy of 1 GiB."""
-    if device.type == "cpu":
-        return float("nan")
-    source = torch.randn(2**28, device=device)
-    target = torch.empty_like(source)
-    seconds = device_seconds([lambda: target.copy_(source)])
-    return 2 * source.nbytes / seconds
-
-
-def device_seconds(calls: Sequence[Call], rounds: int = 15) -> float:
-    """Median seconds of device time per call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    del kept
-    return statistics.median(times)
+    return torch.device(ceilings.default_device())
 
 
 @pytest.fixture
 def rotations(device: torch.device, smoke: bool) -> Callable[[int], int]:
-    """How many copies of inputs of so many bytes do not fit into the L2 cache together."""
+    """How many copies of inputs of so many bytes do not fit into the last-level cache together."""
 
     def count(bytes_of_one: int) -> int:
-        return 1 if smoke or device.type == "cpu" else max(2, min(64, -(-_ROTATED_BYTES // bytes_of_one)))
+        return 1 if smoke else max(2, min(64, -(-_ROTATED_BYTES[device.type] // bytes_of_one)))
 
     return count
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device, copy_bandwidth: float, smoke: bool) -> Callable[..., None]:
-    """Time calls and record ms, GB/s and the share of the copy's bandwidth in the benchmark's ``extra_info``."""
+def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., None]:
+    """Time calls, and record what came out in the benchmark's ``extra_info``.
 
-    def run(calls: Sequence[Call], *, moved: int | None = None, case: str, peer: str) -> None:
+    ``measure(calls, case=…, peer=…, moved=…, flops=…, dtype=…)``: ``moved`` are the bytes that one call must read
+    and write, ``flops`` the operations of its matrix products, ``dtype`` what they are formed in. Recorded are ms,
+    iqr_ms, rounds, and where they apply gb_s, percent_of_copy, tflop_s, percent_of_matmul, host_ms and peak_mib
+    (CUDA), moved, flops, dtype.
+    """
+
+    def run(
+        calls: Sequence[Call],
+        *,
+        case: str,
+        peer: str,
+        moved: int | None = None,
+        flops: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         benchmark.group = case
-        benchmark.extra_info.update(case=case, peer=peer, peak_mib=None)
-        if device.type == "cpu":
-            if smoke:
-                benchmark.pedantic(calls[0], rounds=1)
-            else:
-                benchmark(calls[0])
-            seconds = benchmark.stats.stats.median
-        else:
-            calls[0]()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            calls[0]()
-            torch.cuda.synchronize()
-            benchmark.extra_info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            try:
-                seconds = device_seconds(calls, 3 if smoke else 15)
-            except RuntimeError as error:  # a call that synchronises cannot be captured
-                torch.cuda.synchronize()
-                benchmark.extra_info["host_bound"] = str(error).splitlines()[0]
-                seconds = event_seconds(calls)
-            benchmark.pedantic(lambda: (calls[0](), torch.cuda.synchronize()), rounds=1)
-        benchmark.extra_info["ms"] = seconds * 1e3
+        info = benchmark.extra_info
+        info.update(case=case, peer=peer, moved=moved, flops=flops, peak_mib=None)
+        info["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+        # Ceilings first: the first call of a session measures them, before the device is warm from anything else.
+        copied = ceilings.copy_bandwidth(device.type, smoke) if moved is not None else None
+        if flops is not None and dtype is None:
+            raise ValueError("dtype: got none; flops are a share of the rate of products in one dtype")
+        multiplied = ceilings.matmul_rate(device.type, info["dtype"], smoke) if flops is not None else None
+        timing = (
+            _on_cpu(benchmark, calls, smoke) if device.type == "cpu" else _on_cuda(benchmark, calls, smoke)
+        )
+        info.update(ms=timing.median * 1e3, iqr_ms=timing.iqr * 1e3, rounds=timing.rounds)
         if moved is not None:
-            benchmark.extra_info["gb_s"] = moved / seconds / 1e9
-            if device.type == "cuda":
-                benchmark.extra_info["percent_of_copy"] = 100 * moved / seconds / copy_bandwidth
+            info["gb_s"] = moved / timing.median / 1e9
+            info["percent_of_copy"] = 100 * moved / timing.median / copied
+        if flops is not None:
+            info["tflop_s"] = flops / timing.median / 1e12
+            info["percent_of_matmul"] = 100 * flops / timing.median / multiplied
 
     return run
 
 
-def event_seconds(calls: Sequence[Call], rounds: int = 15) -> float:
-    """Median seconds per call between events, launches included; for what a graph cannot hold."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times)
+def _on_cpu(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:
+    if smoke:
+        benchmark.pedantic(calls[0], rounds=1)
+    else:
+        turns = itertools.cycle(calls)
+        rounds, iterations = rounds_and_iterations(time_host(calls, 3).median)
+
+        def one() -> Any:
+            return next(turns)()
+
+        benchmark.pedantic(one, rounds=rounds, iterations=iterations, warmup_rounds=3)
+    stats = benchmark.stats.stats
+    return Timing(stats.median, stats.iqr, stats.rounds)
+
+
+def _on_cuda(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:
+    calls[0]()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    calls[0]()
+    torch.cuda.synchronize()
+    benchmark.extra_info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    rounds = 3 if smoke else 15
+    benchmark.extra_info["host_ms"] = time_host(calls, rounds).median * 1e3
+    try:
+        timing = time_in_graph(calls, rounds)
+    except RuntimeError as error:  # a call that synchronises cannot be captured
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        torch.cuda.synchronize()
+        benchmark.extra_info["host_bound"] = str(error).splitlines()[0]
+        timing = time_with_events(calls, rounds)
+    benchmark.pedantic(lambda: (calls[0](), torch.cuda.synchronize()), rounds=1)
+    return timing
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -174,6 +186,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         lost = " (ours is not the fastest)" if best["peer"] != "ours" and len(rows) > 1 else ""
         terminal.write_line(f"{case}{lost}")
         for row in sorted(rows, key=lambda row: row["ms"]):
-            share = f"{row['percent_of_copy']:6.1f} % of copy" if "percent_of_copy" in row else ""
-            speed = f"{row['gb_s']:8.1f} GB/s" if "gb_s" in row else ""
-            terminal.write_line(f"    {row['peer']:24s} {row['ms']:10.4f} ms {speed} {share}")
+            terminal.write_line(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    spread = f"± {row['iqr_ms'] / 2:8.4f}" if "iqr_ms" in row else ""
+    speed = f"{row['gb_s']:8.1f} GB/s {row['percent_of_copy']:6.1f} % of copy" if "gb_s" in row else ""
+    rate = (
+        f"{row['tflop_s']:8.2f} TFLOP/s {row['percent_of_matmul']:6.1f} % of matmul"
+        if "tflop_s" in row
+        else ""
+    )
+    return f"    {row['peer']:24s} {row['ms']:10.4f} ms {spread} {speed} {rate}".rstrip()

@@ -1,0 +1,62 @@
+"""What the device can do at best: bandwidth of a copy, rate of a matrix product. Every figure is a share of one.
+
+    python benchmarks/ceilings.py ceilings.json
+
+Measured, not taken from a data sheet: a copy of 1 GiB on CUDA (256 MiB on the CPU; bytes read plus bytes written),
+and square products of dense random matrices, 8,192 wide on CUDA (1,024 on the CPU), 2 n³ operations each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Call, Timing, time_host, time_in_graph
+
+DTYPES = ("bfloat16", "float32")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _time(calls: Sequence[Call], device: str) -> Timing:
+    return time_in_graph(calls) if device == "cuda" else time_host(calls)
+
+
+@cache
+def copy_bandwidth(device: str, smoke: bool = False) -> float:
+    """Bytes per second, read plus written."""
+    count = 2**20 if smoke else 2**28 if device == "cuda" else 2**26
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _time([lambda: target.copy_(source)], device).median
+
+
+@cache
+def matmul_rate(device: str, dtype: str, smoke: bool = False) -> float:
+    """Operations per second of a square product in ``dtype``."""
+    width = 128 if smoke else 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * width**3 / _time([lambda: a @ b], device).median
+
+
+def measured(device: str, smoke: bool = False) -> dict[str, Any]:
+    """All ceilings of the device, in bytes and operations per second, as ``ceilings.json`` holds them."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "copy_bytes_s": copy_bandwidth(device, smoke),
+        "matmul_flop_s": {dtype: matmul_rate(device, dtype, smoke) for dtype in DTYPES},
+    }
+
+
+if __name__ == "__main__":
+    found = measured(default_device())
+    Path(sys.argv[1]).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
