@@ -3,6 +3,7 @@
 #include "add_shift_rms_norm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "tensors.h"
@@ -15,36 +16,37 @@ Style style_of(int64_t style) {
   return static_cast<Style>(style);
 }
 
-void check_width(const Rows& rows, const Rows& x, const char* name) {
-  STD_TORCH_CHECK(rows.width == x.width, name, ": got ", rows.width, " numbers a row; wanted ", x.width);
+// A table whose rows have the width of x: `dims` is 1 for a single row.
+Rows table_of(const Tensor& table, const char* name, int64_t dims, const Rows& x, OptionalTensor& keep) {
+  STD_TORCH_CHECK(table.dim() == dims && table.size(dims - 1) == x.width, name, ": wanted ", dims,
+                  " dimensions, the last of ", x.width);
+  return rows_of(table, name, keep);
 }
 
-void check_like(const Rows& rows, const Rows& x, const char* name) {
-  check_width(rows, x, name);
-  STD_TORCH_CHECK(rows.count == x.count && rows.dtype == x.dtype, name, ": wanted shape and dtype of x");
+Rows hidden_states(const Tensor& x, const char* name, OptionalTensor& keep) {
+  const Rows rows = rows_of(x, name, keep);
+  STD_TORCH_CHECK(rows.dtype != Dtype::float64, name, ": float64 is for the reference backend");
+  return rows;
 }
 
-Rows weight_row(const Tensor& weight, const Rows& x, Tensor& keep) {
-  Rows row = rows_of(weight, "weight", keep);
-  check_width(row, x, "weight");
-  STD_TORCH_CHECK(row.count == 1, "weight: wanted one dimension");
-  return row;
+Rows like(const Tensor& tensor, const char* name, const Tensor& x, OptionalTensor& keep) {
+  check_like(tensor, name, x, "x");
+  return rows_of(tensor, name, keep);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, OptionalTensor residual,
                                            OptionalTensor shift, OptionalTensor index, double eps,
                                            int64_t style) {
-  Tensor kept[5] = {x, x, x, x, x};
+  OptionalTensor kept[5];
   NormForward p;
-  p.x = rows_of(x, "x", kept[0]);
-  STD_TORCH_CHECK(p.x.dtype != Dtype::float64, "x: float64 is for the reference backend");
-  p.weight = weight_row(weight, p.x, kept[1]);
-  if (residual) check_like(p.residual = rows_of(*residual, "residual", kept[2]), p.x, "residual");
+  STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "eps: wanted a finite number > 0");
+  STD_TORCH_CHECK(shift.has_value() == index.has_value(), "shift, index: wanted both or neither");
+  p.x = hidden_states(x, "x", kept[0]);
+  p.weight = table_of(weight, "weight", 1, p.x, kept[1]);
+  if (residual) p.residual = like(*residual, "residual", x, kept[2]);
   if (shift) {
-    STD_TORCH_CHECK(index.has_value(), "index: wanted together with shift");
-    p.shift = rows_of(*shift, "shift", kept[3]);
-    check_width(p.shift, p.x, "shift");
-    p.index = ids_of(*index, x, p.shift.count, "index", kept[4]);
+    p.shift = table_of(*shift, "shift", 2, p.x, kept[3]);
+    p.index = ids_of(*index, x, shift->size(0), "index", kept[4]);
   }
   p.eps = static_cast<float>(eps);
   p.style = style_of(style);
@@ -64,13 +66,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const Tensor& h, const Tensor& weight,
                              const Tensor& rstd, OptionalTensor index, int64_t languages, int64_t style,
                              bool need_input, bool need_weight, bool need_shift) {
-  Tensor kept[5] = {h, h, h, h, h};
+  OptionalTensor kept[5];
   NormBackward p = {};
-  p.h = rows_of(h, "h", kept[0]);
-  STD_TORCH_CHECK(p.h.dtype != Dtype::float64, "h: float64 is for the reference backend");
-  p.weight = weight_row(weight, p.h, kept[1]);
-  if (grad_y) check_like(p.grad_y = rows_of(*grad_y, "grad_y", kept[2]), p.h, "grad_y");
-  if (grad_h) check_like(p.grad_h = rows_of(*grad_h, "grad_h", kept[3]), p.h, "grad_h");
+  p.h = hidden_states(h, "h", kept[0]);
+  p.weight = table_of(weight, "weight", 1, p.h, kept[1]);
+  if (grad_y) p.grad_y = like(*grad_y, "grad_y", h, kept[2]);
+  if (grad_h) p.grad_h = like(*grad_h, "grad_h", h, kept[3]);
   STD_TORCH_CHECK(grad_y || grad_h, "grad_y, grad_h: got neither; wanted at least one");
   STD_TORCH_CHECK(rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && rstd.numel() == p.h.count &&
                       rstd.is_contiguous(),

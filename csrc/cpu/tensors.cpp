@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace shifcon {
@@ -14,18 +15,19 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-Rows rows_of(const Tensor& tensor, const char* name, Tensor& keep) {
-  const int64_t dims = tensor.dim();
-  STD_TORCH_CHECK(dims >= 1, name, ": wanted at least one dimension");
+Rows rows_of(const Tensor& tensor, const char* name, OptionalTensor& keep) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims >= 1 && sizes[dims - 1] >= 1, name, ": wanted (..., d) with d >= 1");
   Rows rows;
   rows.dtype = dtype_of(tensor, name);
   rows.data = tensor.data_ptr();
-  rows.width = tensor.size(dims - 1);
-  rows.width_stride = tensor.stride(dims - 1);
+  rows.width = sizes[dims - 1];
+  rows.width_stride = strides[dims - 1];
   if (rows.width <= 1) rows.width_stride = 1;
   rows.count = 1;
   for (int64_t dim = 0; dim < dims - 1; ++dim) {
-    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+    const int64_t size = sizes[dim], stride = strides[dim];
     rows.count *= size;
     if (size == 1) continue;
     const int last = rows.leading - 1;
@@ -36,7 +38,8 @@ Rows rows_of(const Tensor& tensor, const char* name, Tensor& keep) {
     }
     if (rows.leading == kMaxLeading) {
       keep = torch::stable::contiguous(tensor);
-      return rows_of(keep, name, keep);
+      OptionalTensor unused;
+      return rows_of(*keep, name, unused);
     }
     rows.size[rows.leading] = size;
     rows.stride[rows.leading++] = stride;
@@ -44,25 +47,33 @@ Rows rows_of(const Tensor& tensor, const char* name, Tensor& keep) {
   return rows;
 }
 
-Ids ids_of(const Tensor& index, const Tensor& x, int64_t languages, const char* name, Tensor& keep) {
+Ids ids_of(const Tensor& index, const Tensor& x, int64_t languages, const char* name, OptionalTensor& keep) {
   STD_TORCH_CHECK(index.is_cpu(), name, ": wanted a CPU tensor");
   const ScalarType type = index.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, name, ": wanted int64 or int32");
-  STD_TORCH_CHECK(index.dim() < x.dim(), name, ": wanted a prefix of x.shape[:-1]");
+  const auto sizes = index.sizes(), rows = x.sizes();
+  STD_TORCH_CHECK(sizes.size() < rows.size(), name, ": wanted a prefix of x.shape[:-1]");
   Ids ids;
-  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) {
-    if (dim >= index.dim()) ids.rows_per_id *= x.size(dim);
-    else STD_TORCH_CHECK(index.size(dim) == x.size(dim), name, ": wanted a prefix of x.shape[:-1]");
+  for (size_t dim = 0; dim + 1 < rows.size(); ++dim) {
+    if (dim >= sizes.size()) ids.rows_per_id *= rows[dim];
+    else STD_TORCH_CHECK(sizes[dim] == rows[dim], name, ": wanted a prefix of x.shape[:-1]");
   }
-  keep = index.is_contiguous() ? index : torch::stable::contiguous(index);
-  ids.data = keep.data_ptr();
+  if (!index.is_contiguous()) keep = torch::stable::contiguous(index);
+  ids.data = keep ? keep->data_ptr() : index.data_ptr();
   ids.is_int64 = type == ScalarType::Long;
-  ids.count = keep.numel();
+  ids.count = index.numel();
   for (int64_t position = 0; position < ids.count; ++position) {
     const int64_t id = id_at(ids, position);
     STD_TORCH_CHECK(id >= -1 && id < languages, name, ": got language id ", id, "; wanted -1 to ", languages - 1);
   }
   return ids;
+}
+
+void check_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  const auto sizes = tensor.sizes(), wanted = other.sizes();
+  const bool same = tensor.scalar_type() == other.scalar_type() && sizes.size() == wanted.size() &&
+                    std::equal(sizes.begin(), sizes.end(), wanted.begin());
+  STD_TORCH_CHECK(same, name, ": wanted the shape and dtype of ", other_name);
 }
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {

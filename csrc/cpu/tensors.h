@@ -21,11 +21,14 @@ using OptionalTensor = std::optional<Tensor>;
 Dtype dtype_of(const Tensor& tensor, const char* name);
 
 // The rows of a (..., d) tensor; `keep` holds the copy of a tensor with more strides than Rows has room for.
-Rows rows_of(const Tensor& tensor, const char* name, Tensor& keep);
+Rows rows_of(const Tensor& tensor, const char* name, OptionalTensor& keep);
 
 // The ids of x's rows: a prefix of x.shape[:-1], made contiguous in `keep`. Throws where an id is outside
 // -1 ... languages - 1, before anything is read or written through one.
-Ids ids_of(const Tensor& index, const Tensor& x, int64_t languages, const char* name, Tensor& keep);
+Ids ids_of(const Tensor& index, const Tensor& x, int64_t languages, const char* name, OptionalTensor& keep);
+
+// Throws unless both tensors have the same shape and dtype.
+void check_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name);
 
 // A new contiguous CPU tensor, uninitialised.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type);

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shifcon_fast.ops.registry import IMPLS, select
+
 NAMESPACE = "shifcon_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -27,6 +29,21 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and _PLAIN.issuperset(map(type, args))
+    )
+
+
+def checks_itself(operator: str, args: tuple[Any, ...]) -> bool:
+    """Whether this call goes straight to a backend that checks its arguments: plain, eager, without gradients.
+
+    ``args`` are those of the operator's schema: its first decides device and dtype, its last is impl.
+    """
+    like, impl = args[0], args[-1]
+    return (
+        type(like) is torch.Tensor
+        and impl in IMPLS
+        and _is_plain_eager(args)
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        and select(operator, impl, like.device, like.dtype).checks_arguments
     )
 
 

@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +27,13 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return _native.load("cpu")
 
 
+@cache
+def _operator(name: str) -> Callable[..., Any]:
+    """The compiled operator; asking ``torch.ops`` at every call costs a microsecond."""
+    operator: Callable[..., Any] = getattr(torch.ops.shifcon_fast_cpu, name).default
+    return operator
+
+
 def norm_forward(
     x: Tensor,
     weight: Tensor,
@@ -32,9 +43,7 @@ def norm_forward(
     eps: float,
     style: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    y, h, rstd = torch.ops.shifcon_fast_cpu.add_shift_rms_norm(
-        x, weight, residual, shift, index, eps, _STYLES[style]
-    )
+    y, h, rstd = _operator("add_shift_rms_norm")(x, weight, residual, shift, index, eps, _STYLES[style])
     return y, (None if residual is None and shift is None else h), rstd
 
 
@@ -52,7 +61,7 @@ def norm_backward(
     need_shift: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     found = iter(
-        torch.ops.shifcon_fast_cpu.add_shift_rms_norm_backward(
+        _operator("add_shift_rms_norm_backward")(
             grad_y,
             grad_h,
             h,
@@ -72,5 +81,10 @@ def norm_backward(
 
 
 register_backend(
-    "add_shift_rms_norm", "native", forward=norm_forward, backward=norm_backward, unavailable=unavailable
+    "add_shift_rms_norm",
+    "native",
+    forward=norm_forward,
+    backward=norm_backward,
+    unavailable=unavailable,
+    checks_arguments=True,
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shifcon_fast.ops.library import compute_dtype, define
-from shifcon_fast.ops.registry import run_backward, run_forward
+from shifcon_fast.ops.library import checks_itself, compute_dtype, define
+from shifcon_fast.ops.registry import run, run_backward, select
 from shifcon_fast.ops.validation import (
     check_floating,
     check_impl,
@@ -56,8 +56,16 @@ def add_shift_rms_norm(
         TypeError: an argument is not a tensor of a fitting dtype.
         ValueError: a shape, device, eps, style, impl or (on the CPU) a language id does not fit.
     """
-    _check(x, weight, residual, shift, index, eps, style, impl)
-    y, h, _ = _forward(x, weight, residual, shift, index, float(eps), style, impl)
+    args = (x, weight, residual, shift, index, eps, style, impl)
+    if checks_itself("add_shift_rms_norm", args):
+        try:
+            y, h, _ = _kernel(*args)
+        except Exception:
+            _check(*args)
+            raise
+    else:
+        _check(*args)
+        y, h, _ = _forward(x, weight, residual, shift, index, float(eps), style, impl)
     return y, (x if residual is None and shift is None else h)
 
 
@@ -105,6 +113,11 @@ def _check(
         check_same_device("index", index, "x", x)
 
 
+def _check_ids(shift: Tensor | None, index: Tensor | None) -> None:
+    if shift is not None and index is not None:
+        check_index_range("index", index, shift.shape[0])
+
+
 def _kernel(
     x: Tensor,
     weight: Tensor,
@@ -115,9 +128,14 @@ def _kernel(
     style: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if shift is not None and index is not None:
-        check_index_range("index", index, shift.shape[0])
-    y, h, rstd = run_forward("add_shift_rms_norm", impl, x, x, weight, residual, shift, index, eps, style)
+    backend = select("add_shift_rms_norm", impl, x.device, x.dtype)
+    if not backend.checks_arguments:
+        _check_ids(shift, index)
+    try:
+        y, h, rstd = run(backend, x.device.type, x, weight, residual, shift, index, eps, style)
+    except RuntimeError:
+        _check_ids(shift, index)
+        raise
     # An operator may not return its input, so an h that is x itself comes back as an empty placeholder.
     return y, x.new_empty(0) if h is None else h, rstd
 

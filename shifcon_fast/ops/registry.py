@@ -44,13 +44,17 @@ class SlowBackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """One operator's implementation; ``unavailable(device, dtype)`` gives the reason it cannot run, or ``None``."""
+    """One operator's implementation; ``unavailable(device, dtype)`` gives the reason it cannot run, or ``None``.
+
+    A backend that ``checks_arguments`` raises, whatever it is given, before it touches memory.
+    """
 
     operator: str
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unavailable: Unavailable
+    checks_arguments: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def register_backend(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     unavailable: Unavailable = _always,
+    checks_arguments: bool = False,
 ) -> None:
     """Add (or replace) the backend ``name`` of ``operator``.
 
@@ -88,6 +93,9 @@ def register_backend(
         name: "reference", "native" or "triton".
         forward, backward: take and return what the reference backend's functions of the same operator do.
         unavailable: ``(device, dtype) -> reason | None``; constant within a process, its answers are cached.
+        checks_arguments: its forward raises on any argument that the operator refuses (shapes, dtypes, devices,
+            language ids, numbers) before it touches memory. Calls on plain tensors then skip the operator's own
+            checks, which make the message after a failure.
 
     Raises:
         ValueError: unknown operator or backend name.
@@ -96,7 +104,7 @@ def register_backend(
         raise ValueError(f"operator: got {operator!r}; wanted one of {', '.join(OPERATORS)}")
     if name not in IMPLS - {"auto"}:
         raise ValueError(f"name: got {name!r}; wanted 'reference', 'native' or 'triton'")
-    _backends[operator, name] = Backend(operator, name, forward, backward, unavailable)
+    _backends[operator, name] = Backend(operator, name, forward, backward, unavailable, checks_arguments)
     select.cache_clear()
 
 
@@ -162,11 +170,14 @@ def _run(
     return function(*args)
 
 
+def run(backend: Backend, device_type: str, *args: Any) -> Any:
+    """Run and count the forward of a selected backend on tensors of this type of device."""
+    return _run(backend, backend.operator, backend.forward, device_type, args)
+
+
 def run_forward(operator: str, impl: str, like: torch.Tensor, *args: Any) -> Any:
     """Run and count the forward of ``operator`` on the backend for ``like``'s device and dtype."""
-    device = like.device
-    backend = select(operator, impl, device, like.dtype)
-    return _run(backend, operator, backend.forward, device.type, args)
+    return run(select(operator, impl, like.device, like.dtype), like.device.type, *args)
 
 
 def run_backward(operator: str, impl: str, device: torch.device, dtype: torch.dtype, *args: Any) -> Any:

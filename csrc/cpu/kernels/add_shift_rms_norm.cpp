@@ -71,6 +71,12 @@ SHIFCON_INLINE void normalise_row(const T* h, const float* factor, float rstd, T
   });
 }
 
+// Whether factor_row needs room for a copy.
+SHIFCON_INLINE bool copies_factor(const Rows& weight, Style style) {
+  return style == Style::gemma || weight.dtype != Dtype::float32 || weight.width_stride != 1;
+}
+SHIFCON_INLINE int64_t room_for_copy(const Rows& rows) { return rows.width_stride == 1 ? 0 : rows.width; }
+
 // w, or 1 + w, in float32.
 SHIFCON_INLINE const float* factor_row(const Rows& weight, Style style, float* scratch) {
   const float* row = float_row(weight, 0, scratch);
@@ -82,9 +88,9 @@ SHIFCON_INLINE const float* factor_row(const Rows& weight, Style style, float* s
 template <class T>
 SHIFCON_FLAT void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
   const int64_t width = p.x.width;
-  const Scratch<float> factor_scratch(width), shift_scratch(p.shift.data ? width : 0);
-  const Scratch<T> x_scratch(p.x.width_stride == 1 ? 0 : width);
-  const Scratch<T> residual_scratch(p.residual.width_stride == 1 ? 0 : width);
+  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0);
+  const Scratch<float> shift_scratch(p.shift.dtype == Dtype::float32 ? room_for_copy(p.shift) : width);
+  const Scratch<T> x_scratch(room_for_copy(p.x)), residual_scratch(room_for_copy(p.residual));
   const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
   for (int64_t row = begin; row < end; ++row) {
     const T* x = contiguous_row(p.x, row, x_scratch.get());
@@ -133,7 +139,7 @@ template <class T>
 class BackwardRows {
  public:
   explicit BackwardRows(const NormBackward& p)
-      : p_(p), grad_y_(scratch_for(p.grad_y)), grad_h_(scratch_for(p.grad_h)), h_(scratch_for(p.h)) {}
+      : p_(p), grad_y_(room_for_copy(p.grad_y)), grad_h_(room_for_copy(p.grad_h)), h_(room_for_copy(p.h)) {}
   BackwardRow<T> operator[](int64_t row) const {
     return {p_.grad_y.data ? contiguous_row(p_.grad_y, row, grad_y_.get()) : nullptr,
             p_.grad_h.data ? contiguous_row(p_.grad_h, row, grad_h_.get()) : nullptr,
@@ -141,7 +147,6 @@ class BackwardRows {
   }
 
  private:
-  static int64_t scratch_for(const Rows& rows) { return rows.width_stride == 1 ? 0 : rows.width; }
   const NormBackward& p_;
   const Scratch<T> grad_y_, grad_h_, h_;
 };
@@ -157,7 +162,8 @@ SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const float* factor, 
 template <class T>
 SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int64_t last_chunk) {
   const int64_t width = p.h.width;
-  const Scratch<float> factor_scratch(width), partial_scratch(p.grad_weight ? width : 0);
+  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0);
+  const Scratch<float> partial_scratch(p.grad_weight ? width : 0);
   const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
   const BackwardRows<T> rows(p);
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
@@ -220,7 +226,7 @@ SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int6
 template <class T>
 SHIFCON_FLAT void backward_shift_columns(const NormBackward& p, int64_t begin, int64_t end) {
   const int64_t width = p.h.width, columns = end - begin;
-  const Scratch<float> factor_scratch(width), partial_scratch(columns);
+  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0), partial_scratch(columns);
   const float* factor = factor_row(p.weight, p.style, factor_scratch.get()) + begin;
   float* partial = partial_scratch.get();
   const BackwardRows<T> rows(p);

@@ -243,18 +243,22 @@ SHIFCON_INLINE void store_lanes(T* to, Vector v, int64_t count) {
   else store_some(to, v, count);
 }
 
-// Uninitialised working memory of one thread.
+// Uninitialised working memory of one thread; none for a count of 0.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count + 1) * sizeof(T), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+      : data_(count == 0 ? nullptr
+                         : static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlignment))) {}
+  ~Scratch() {
+    if (data_ != nullptr) ::operator delete(data_, kAlignment);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};
   T* data_;
 };
 
