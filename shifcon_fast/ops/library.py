@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from shifcon_fast.ops.registry import IMPLS, select
+from shifcon_fast.ops.registry import IMPLS, Backend, select
 
 NAMESPACE = "shifcon_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -32,19 +32,22 @@ def _is_plain_eager(args: tuple[Any, ...]) -> bool:
     )
 
 
-def checks_itself(operator: str, args: tuple[Any, ...]) -> bool:
-    """Whether this call goes straight to a backend that checks its arguments: plain, eager, without gradients.
+def direct_backend(operator: str, args: tuple[Any, ...]) -> Backend | None:
+    """The backend that may be called at once, without the operator's checks: it has its own.
 
-    ``args`` are those of the operator's schema: its first decides device and dtype, its last is impl.
+    ``None`` unless the call is plain, eager and without gradients. ``args`` are those of the operator's schema: the
+    first decides device and dtype, the last is impl.
     """
     like, impl = args[0], args[-1]
-    return (
+    if (
         type(like) is torch.Tensor
         and impl in IMPLS
         and _is_plain_eager(args)
         and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-        and select(operator, impl, like.device, like.dtype).checks_arguments
-    )
+    ):
+        backend = select(operator, impl, like.device, like.dtype)
+        return backend if backend.checks_arguments else None
+    return None
 
 
 def define(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shifcon_fast.ops.library import checks_itself, compute_dtype, define
+from shifcon_fast.ops.library import compute_dtype, define, direct_backend
 from shifcon_fast.ops.registry import run, run_backward, select
 from shifcon_fast.ops.validation import (
     check_floating,
@@ -57,15 +57,17 @@ def add_shift_rms_norm(
         ValueError: a shape, device, eps, style, impl or (on the CPU) a language id does not fit.
     """
     args = (x, weight, residual, shift, index, eps, style, impl)
-    if checks_itself("add_shift_rms_norm", args):
+    direct = direct_backend("add_shift_rms_norm", args)
+    if direct is not None:
         try:
-            y, h, _ = _kernel(*args)
+            y, h, _ = run(direct, x.device.type, *args[:-1])
         except Exception:
             _check(*args)
+            _check_ids(shift, index)
             raise
-    else:
-        _check(*args)
-        y, h, _ = _forward(x, weight, residual, shift, index, float(eps), style, impl)
+        return y, (x if h is None else h)
+    _check(*args)
+    y, h, _ = _forward(x, weight, residual, shift, index, float(eps), style, impl)
     return y, (x if residual is None and shift is None else h)
 
 
