@@ -1,0 +1,220 @@
+"""Time, memory and whereabouts of one real training step: plain QLoRA, the authors' recipe, ours, and ablations.
+
+    python benchmarks/step/run.py --out DIR --size llama-3-8b|1b|tiny [--device cuda|cpu] [--steps 5]
+
+A randomly initialised model in NF4 with LoRA on every linear layer; a step is forward, backward and the AdamW
+update of the adapters, under gradient checkpointing. The learning rate is 0: the update does its work, and every
+variant meets the same weights. The variants take turns, so that a drifting clock meets them alike; each figure is
+the median with the distance between the quartiles. TFLOP/s count the matrix products that ran, recomputation
+included. Writes DIR/step.json; a variant that runs out of memory is recorded so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ceilings
+from model import SIZES, build
+from timing import Timing
+from variants import VARIANTS, Batch, make_batch, make_space
+
+TOP_KERNELS = 25
+
+
+class Runner:
+    """Takes steps of one model, and measures them."""
+
+    def __init__(self, size: str, device: torch.device) -> None:
+        self.size, self.device = SIZES[size], device
+        self.model = build(self.size, device)
+        self.batch: Batch = make_batch(self.size, device)
+        self.space = make_space(self.model)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+
+    def with_step(self, variant: str, use: Callable[[Callable[[], torch.Tensor]], Any]) -> Any:
+        """``use(step)`` inside of the variant's context; ``step()`` returns the loss."""
+        prepared = VARIANTS[variant](self.model, self.batch, self.size.area, self.space)
+
+        def step() -> torch.Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = compute()
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+        with prepared as compute:
+            return use(step)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def first(self, variant: str) -> dict[str, Any]:
+        """Warm up; loss, peak memory and operations of a step."""
+
+        def use(step: Callable[[], torch.Tensor]) -> dict[str, Any]:
+            step()
+            peak = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            loss = float(step())
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() / 2**20
+            norm = torch.stack(
+                [p.grad.norm() for g in self.optimizer.param_groups for p in g["params"]]
+            ).norm()
+            with FlopCounterMode(display=False, custom_mapping=_quantised_products()) as counted:
+                step()
+            return {
+                "loss": loss,
+                "gradient_norm": float(norm),
+                "peak_mib": peak,
+                "flops": counted.get_total_flops(),
+            }
+
+        return self.with_step(variant, use)
+
+    def seconds(self, variant: str) -> float:
+        def use(step: Callable[[], torch.Tensor]) -> float:
+            self.synchronize()
+            if self.device.type != "cuda":
+                start = time.perf_counter()
+                step()
+                return time.perf_counter() - start
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return self.with_step(variant, use)
+
+    def kernels(self, variant: str) -> list[dict[str, Any]]:
+        """Where the time of one step goes: the kernels (on the CPU, operators) that take most of it."""
+        cuda = self.device.type == "cuda"
+
+        def use(step: Callable[[], torch.Tensor]) -> list[dict[str, Any]]:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+            with profile(activities=activities) as record:
+                step()
+                self.synchronize()
+            rows = [
+                (event.key, event.count, event.self_device_time_total if cuda else event.self_cpu_time_total)
+                for event in record.key_averages()
+                # On CUDA an operator's row repeats what its kernels took.
+                if not cuda or event.device_type == torch.autograd.DeviceType.CUDA
+            ]
+            total = sum(microseconds for _, _, microseconds in rows)
+            rows.sort(key=lambda row: -row[2])
+            return [
+                {"name": name, "calls": calls, "ms": us / 1e3, "percent": 100 * us / total}
+                for name, calls, us in rows[:TOP_KERNELS]
+            ]
+
+        return self.with_step(variant, use)
+
+
+def _quantised_products() -> dict[Any, Callable[..., int]]:
+    """How the flop counter counts bitsandbytes' product with a 4-bit weight, where it is an operator (≥ 0.50)."""
+    operator = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+
+    def count(a: Any, packed: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(a) * weight[0]  # a (…, K), weight (N, K)
+
+    return {} if operator is None else {operator: count}
+
+
+def measure(size: str, device: torch.device, steps: int) -> dict[str, Any]:
+    """Everything that step.json holds."""
+    multiplied = ceilings.matmul_rate(
+        device.type, "bfloat16" if device.type == "cuda" else "float32", size == "tiny"
+    )
+    runner = Runner(size, device)
+    found: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS:
+        try:
+            found[variant] = runner.first(variant)
+        except torch.cuda.OutOfMemoryError as error:
+            found[variant] = {"error": str(error).splitlines()[0]}
+            runner.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    usable = [variant for variant in VARIANTS if "error" not in found[variant]]
+    taken: dict[str, list[float]] = {variant: [] for variant in usable}
+    for _ in range(steps):
+        for variant in usable:
+            taken[variant].append(runner.seconds(variant))
+    for variant, seconds in taken.items():
+        timing = Timing.of(seconds)
+        found[variant].update(
+            ms=timing.median * 1e3,
+            iqr_ms=timing.iqr * 1e3,
+            steps=timing.rounds,
+            tflop_s=found[variant]["flops"] / timing.median / 1e12,
+            percent_of_matmul=100 * found[variant]["flops"] / timing.median / multiplied,
+            kernels=runner.kernels(variant),
+        )
+    shape = SIZES[size]
+    return {
+        "size": size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "area": shape.area,
+        "generation": shape.generation,
+        "pairs": shape.pairs,
+        "matmul_flop_s": multiplied,
+        "variants": found,
+        "saved_ms": contributions(found),
+    }
+
+
+def contributions(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How many milliseconds each part of ours saves: the step without it minus the step with it."""
+    parts = {
+        "fused norms": "ours, transformers' norms",
+        "cut contrastive pass": "ours, contrastive pass not cut",
+        "everything, against the authors' recipe": "authors' recipe",
+    }
+    ours = found["ours"].get("ms")
+    return {
+        part: found[without]["ms"] - ours
+        for part, without in parts.items()
+        if ours is not None and "ms" in found[without]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="llama-3-8b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=ceilings.default_device())
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    record = measure(options.size, torch.device(options.device), options.steps)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for name, row in record["variants"].items():
+        memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
+        time_ = f"{row['ms']:9.1f} ms ± {row['iqr_ms'] / 2:.1f}" if "ms" in row else row["error"]
+        print(f"{name:32s} {time_} {memory} loss {row.get('loss', float('nan')):.4f}")
+    for part, saved in record["saved_ms"].items():
+        print(f"{part}: {saved:+.1f} ms saved")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The benchmark of one training step runs, here with a tiny model on the CPU, and compares what is comparable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("bitsandbytes")
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "step" / "run.py"
+SAME_LOSS = ("authors' recipe", "ours", "ours, transformers' norms", "ours, contrastive pass not cut")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("step")
+    command = [sys.executable, str(SCRIPT), "--out", str(folder), "--size", "tiny", "--device", "cpu"]
+    result = subprocess.run(
+        [*command, "--steps", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "authors' recipe" in result.stdout
+    return json.loads((folder / "step.json").read_text(encoding="utf-8"))
+
+
+def test_every_variant_was_timed_and_profiled(record: dict[str, Any]) -> None:
+    assert record["variants"].keys() == {"plain QLoRA", *SAME_LOSS}
+    for name, row in record["variants"].items():
+        assert row["steps"] == 2, name
+        assert 0 < row["ms"] < math.inf, name
+        assert row["tflop_s"] * 1e12 == pytest.approx(row["flops"] / row["ms"] * 1e3)
+        assert row["percent_of_matmul"] == pytest.approx(100e12 * row["tflop_s"] / record["matmul_flop_s"])
+        assert sum(kernel["percent"] for kernel in row["kernels"]) <= 100.001
+        assert row["kernels"] == sorted(row["kernels"], key=lambda kernel: -kernel["ms"])
+
+
+def test_the_authors_recipe_and_ours_compute_the_same_step(record: dict[str, Any]) -> None:
+    """Or the comparison would be one of different things: the loss and the gradients are equal up to rounding."""
+    rows = [record["variants"][name] for name in SAME_LOSS]
+    for row in rows[1:]:
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+        assert row["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-3)
+    plain = record["variants"]["plain QLoRA"]
+    assert plain["gradient_norm"] != pytest.approx(rows[0]["gradient_norm"], rel=0.05)
+
+
+def test_operations_are_counted(record: dict[str, Any]) -> None:
+    """The plain step by hand: forward, its recomputation, and backward to the inputs, of weights and adapters."""
+    rows, length = record["generation"]
+    layers = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    weights, adapters = sum(a * b for a, b in layers), sum(16 * (a + b) for a, b in layers)
+    products = 4 * (3 * weights + 4 * adapters) + 2 * 64 * 128
+    expected = 2 * rows * length * products
+    # The rest: attention's products, what checkpointing need not recompute, what a first layer need not pass on.
+    assert record["variants"]["plain QLoRA"]["flops"] == pytest.approx(expected, rel=0.15)
+    flops = {name: record["variants"][name]["flops"] for name in SAME_LOSS}
+    assert flops["ours"] < flops["ours, contrastive pass not cut"]
+    assert flops["ours"] == flops["ours, transformers' norms"]
+
+
+def test_contributions_are_differences(record: dict[str, Any]) -> None:
+    variants = record["variants"]
+    assert record["saved_ms"] == {
+        "fused norms": variants["ours, transformers' norms"]["ms"] - variants["ours"]["ms"],
+        "cut contrastive pass": variants["ours, contrastive pass not cut"]["ms"] - variants["ours"]["ms"],
+        "everything, against the authors' recipe": variants["authors' recipe"]["ms"] - variants["ours"]["ms"],
+    }
