@@ -90,10 +90,10 @@ def prepared(peer: str, smoke: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def inputs(rows: int, hidden: int, device: torch.device, smoke: bool) -> dict[str, Tensor]:
-    batch = 2 if smoke else 8
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = 1 if rows == 1 else 2 if smoke else 8
+    dtype = torch.float32 if smoke and device.type == "cpu" else torch.bfloat16
     x, residual, grad_y, grad_h = torch.randn(4, batch, rows // batch, hidden, device=device, dtype=dtype)
-    index = torch.arange(batch, device=device) % 4 - 1
+    index = torch.arange(1, batch + 1, device=device) % 4 - 1
     return {
         "x": x,
         "residual": residual,
@@ -151,6 +151,18 @@ def test_forward(
         measure(calls, moved=moved, case=f"norm forward {rows}x{hidden}", peer=peer)
 
 
+@pytest.mark.parametrize("peer", PEERS)
+def test_one_small_call(peer: str, measure: Any, device: torch.device, smoke: bool) -> None:
+    """What a token costs in generation; on CUDA it is launches, which the host's benchmark times."""
+    if device.type == "cuda":
+        pytest.skip("on CUDA a small call is its launches: see test_host.py")
+    function = prepared(peer, smoke)
+    values = inputs(1, 64 if smoke else 4096, device, smoke)
+    with torch.no_grad():
+        check(peer, function, values)
+        measure([lambda: run(function, values)], case="norm, one small call, 1x4096", peer=peer)
+
+
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "ours, no shift"])
 @pytest.mark.parametrize("weight", ["frozen", "trainable"])
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -180,6 +192,6 @@ def test_backward(
         upper = (values["grad_y"], values["grad_h"])
         return lambda: torch.autograd.grad(outputs, leaves, upper, retain_graph=True)
 
-    moved = 4 * rows * hidden * (2 if device.type == "cuda" else 4)
+    moved = 4 * rows * hidden * 2
     calls = [call() for _ in range(rotations(moved))]
     measure(calls, moved=moved, case=f"norm backward, weight {weight}, {rows}x{hidden}", peer=peer)

@@ -29,8 +29,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _operator(name: str) -> Callable[..., Any]:
-    """The compiled operator; asking ``torch.ops`` at every call costs a microsecond."""
-    operator: Callable[..., Any] = getattr(torch.ops.shifcon_fast_cpu, name).default
+    """What calls the compiled operator; asking ``torch.ops`` at every call costs a microsecond."""
+    overload = getattr(torch.ops.shifcon_fast_cpu, name).default
+    operator: Callable[..., Any] = getattr(overload, "_op", overload)  # without a Python frame in between
     return operator
 
 
@@ -87,4 +88,5 @@ register_backend(
     backward=norm_backward,
     unavailable=unavailable,
     checks_arguments=True,
+    calls_torch=False,
 )

@@ -60,7 +60,7 @@ def add_shift_rms_norm(
     direct = direct_backend("add_shift_rms_norm", args)
     if direct is not None:
         try:
-            y, h, _ = run(direct, x.device.type, *args[:-1])
+            y, h, _ = run(direct, *args[:-1])
         except Exception:
             _check(*args)
             _check_ids(shift, index)
@@ -134,7 +134,7 @@ def _kernel(
     if not backend.checks_arguments:
         _check_ids(shift, index)
     try:
-        y, h, rstd = run(backend, x.device.type, x, weight, residual, shift, index, eps, style)
+        y, h, rstd = run(backend, x, weight, residual, shift, index, eps, style)
     except RuntimeError:
         _check_ids(shift, index)
         raise

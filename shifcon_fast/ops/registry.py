@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def register_backend(
     backward: Callable[..., Any],
     unavailable: Unavailable = _always,
     checks_arguments: bool = False,
+    calls_torch: bool = True,
 ) -> None:
     """Add (or replace) the backend ``name`` of ``operator``.
 
@@ -96,6 +97,7 @@ def register_backend(
         checks_arguments: its forward raises on any argument that the operator refuses (shapes, dtypes, devices,
             language ids, numbers) before it touches memory. Calls on plain tensors then skip the operator's own
             checks, which make the message after a failure.
+        calls_torch: its functions use PyTorch operators, which must be kept from autocast.
 
     Raises:
         ValueError: unknown operator or backend name.
@@ -104,6 +106,8 @@ def register_backend(
         raise ValueError(f"operator: got {operator!r}; wanted one of {', '.join(OPERATORS)}")
     if name not in IMPLS - {"auto"}:
         raise ValueError(f"name: got {name!r}; wanted 'reference', 'native' or 'triton'")
+    if calls_torch:
+        forward, backward = _kept_from_autocast(forward), _kept_from_autocast(backward)
     _backends[operator, name] = Backend(operator, name, forward, backward, unavailable, checks_arguments)
     select.cache_clear()
 
@@ -157,33 +161,40 @@ def _warn_slow(operator: str, wanted: str, device: torch.device, dtype: torch.dt
     )
 
 
-def _run(
-    backend: Backend, counted: str, function: Callable[..., Any], device: str, args: tuple[Any, ...]
-) -> Any:
-    with _calls_lock:
-        _calls[counted, backend.name] += 1
-    # An operator says itself in which precision it computes: under autocast, PyTorch would otherwise run the matrix
-    # products of a plain-PyTorch backend in bfloat16.
-    if torch.is_autocast_enabled(device):
+def _kept_from_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator says itself in which precision it computes; autocast would form its products in bfloat16."""
+
+    @wraps(function)
+    def kept(*args: Any) -> Any:
+        device = next(value.device.type for value in args if isinstance(value, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
+
+    return kept
+
+
+def _run(backend: Backend, counted: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with _calls_lock:
+        _calls[counted, backend.name] += 1
     return function(*args)
 
 
-def run(backend: Backend, device_type: str, *args: Any) -> Any:
-    """Run and count the forward of a selected backend on tensors of this type of device."""
-    return _run(backend, backend.operator, backend.forward, device_type, args)
+def run(backend: Backend, *args: Any) -> Any:
+    """Run and count the forward of a selected backend."""
+    return _run(backend, backend.operator, backend.forward, args)
 
 
 def run_forward(operator: str, impl: str, like: torch.Tensor, *args: Any) -> Any:
     """Run and count the forward of ``operator`` on the backend for ``like``'s device and dtype."""
-    return run(select(operator, impl, like.device, like.dtype), like.device.type, *args)
+    return run(select(operator, impl, like.device, like.dtype), *args)
 
 
 def run_backward(operator: str, impl: str, device: torch.device, dtype: torch.dtype, *args: Any) -> Any:
     """Run and count the backward of ``operator`` on the backend that ran its forward, for inputs of ``dtype``."""
     backend = select(operator, impl, device, dtype)
-    return _run(backend, f"{operator}_backward", backend.backward, device.type, args)
+    return _run(backend, f"{operator}_backward", backend.backward, args)
 
 
 def call_counts() -> dict[tuple[str, str], int]:

@@ -61,8 +61,8 @@ SHIFCON_INLINE float copy_row(const T* x, T* h, int64_t width) {
   return square_sum(x, width);
 }
 
-template <bool kLlama, class T>
-SHIFCON_INLINE void normalise_row(const T* h, const float* factor, float rstd, T* y, int64_t width) {
+template <bool kLlama, class T, class Factor>
+SHIFCON_INLINE void normalise_row(const T* h, const Factor* factor, float rstd, T* y, int64_t width) {
   const Vector scale = broadcast(rstd);
   for_each_vector(width, [&](int64_t at, int64_t count) {
     Vector normalised = load_lanes(h + at, count) * scale;
@@ -85,13 +85,11 @@ SHIFCON_INLINE const float* factor_row(const Rows& weight, Style style, float* s
   return scratch;
 }
 
-template <class T>
-SHIFCON_FLAT void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
+template <class T, class Factor>
+SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor* factor, int64_t begin, int64_t end) {
   const int64_t width = p.x.width;
-  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0);
   const Scratch<float> shift_scratch(p.shift.dtype == Dtype::float32 ? room_for_copy(p.shift) : width);
   const Scratch<T> x_scratch(room_for_copy(p.x)), residual_scratch(room_for_copy(p.residual));
-  const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
   for (int64_t row = begin; row < end; ++row) {
     const T* x = contiguous_row(p.x, row, x_scratch.get());
     const T* h = x;
@@ -115,6 +113,15 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, int64_t begin, int64_t end)
     if (p.style == Style::llama) normalise_row<true>(h, factor, rstd, y, width);
     else normalise_row<false>(h, factor, rstd, y, width);
   }
+}
+
+template <class T>
+void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
+  if (p.weight.dtype == p.x.dtype && p.weight.width_stride == 1 && p.style != Style::gemma) {
+    return forward_rows<T>(p, static_cast<const T*>(p.weight.data), begin, end);
+  }
+  const Scratch<float> scratch(p.weight.width);
+  forward_rows<T>(p, factor_row(p.weight, p.style, scratch.get()), begin, end);
 }
 
 // ∂L/∂h of one vector, from its row's mean(g · x̂).
