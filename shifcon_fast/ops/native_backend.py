@@ -90,3 +90,20 @@ register_backend(
     checks_arguments=True,
     calls_torch=False,
 )
+
+
+def pool_forward(h: Tensor, mask: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    pooled, factor = _operator("masked_mean_pool")(h, mask, normalize)
+    return pooled, factor
+
+
+def pool_backward(
+    grad: Tensor, pooled: Tensor, factor: Tensor, mask: Tensor, dtype: torch.dtype, normalize: bool
+) -> Tensor:
+    gradient: Tensor = _operator("masked_mean_pool_backward")(grad, pooled, factor, mask, dtype, normalize)
+    return gradient
+
+
+register_backend(
+    "masked_mean_pool", "native", forward=pool_forward, backward=pool_backward, unavailable=unavailable
+)

@@ -123,7 +123,7 @@ def test_gradcheck(normalize: bool) -> None:
         ({"mask": None}, TypeError, r"mask: got NoneType; wanted a bool or integer tensor"),
         ({"mask": torch.ones(2, 4).bool()}, ValueError, r"mask: got shape \(2, 4\); wanted .* \(2, 3\)"),
         ({"mask": torch.ones(2, 3, device="meta").bool()}, ValueError, r"mask: got a tensor on meta"),
-        ({"impl": "native"}, ValueError, r"impl: got 'native', which cannot run masked_mean_pool on cpu"),
+        ({"impl": "triton"}, ValueError, r"impl: got 'triton', which cannot run masked_mean_pool on cpu"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
