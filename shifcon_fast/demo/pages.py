@@ -35,7 +35,6 @@ def write_page(
 
     ``before`` is the untrained model's evaluation, ``after`` that of one run, for the retrieval matrices.
     """
-    boundaries = list(range(space.num_boundaries))
     summary, *details = comparison_sections(comparison)
     demo = read_json(output / "demo.json", "the settings of a demo")
     return write_report(
@@ -45,19 +44,7 @@ def write_page(
             summary,
             _world_section(world),
             *details,
-            area_section(
-                boundaries,
-                area.distances,
-                area.floor,
-                area=(area.forward, area.backward),
-                pivot=space.pivot,
-                reason=area.reason,
-                by_language={
-                    code: [space.distance(k, code, space.pivot) for k in boundaries]
-                    for code in space.languages
-                    if code != space.pivot
-                },
-            ),
+            area_section(space, area),
             retrieval_section(after, before),
             settings_section(
                 {

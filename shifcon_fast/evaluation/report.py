@@ -123,28 +123,8 @@ def _area(held: _Held) -> Section:
     if space is None or not space.bases:
         return Section("Layer area")
     area = held.area or recommend_area(space)
-    chosen, reason = (area.forward, area.backward), area.reason
-    if trained := held.card.get("area"):
-        chosen = (trained["forward"], trained["backward"])
-        if chosen != (area.forward, area.backward):
-            reason = f"What the distances recommend is [{area.forward}, {area.backward}). {area.reason}"
-    boundaries = list(range(space.num_boundaries))
-    estimated = set(space.boundaries)
-    by_language = {
-        code: [space.distance(k, code, space.pivot) if k in estimated else float("nan") for k in boundaries]
-        for code in space.languages
-        if code != space.pivot
-    }
-    return area_section(
-        boundaries,
-        area.distances,
-        area.floor,
-        area=chosen,
-        pivot=space.pivot,
-        reason=reason,
-        split_distances=area.split_distances,
-        by_language=by_language if len(by_language) > 1 else None,
-    )
+    trained = held.card.get("area")
+    return area_section(space, area, chosen=(trained["forward"], trained["backward"]) if trained else None)
 
 
 def _training(held: _Held) -> Section:

@@ -24,6 +24,8 @@ from shifcon_fast.evaluation.page import (
 )
 from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
 from shifcon_fast.evaluation.retrieval import Retrieval
+from shifcon_fast.space.area import Area
+from shifcon_fast.space.language_space import LanguageSpace
 
 _TONES: dict[str, Tone] = {"gain": "gain", "loss": "loss", "within noise": "noise"}
 _INTERVALS = "95 % intervals in brackets."
@@ -54,37 +56,43 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
     return sections
 
 
-def area_section(
-    boundaries: Sequence[int],
-    distances: Sequence[float],
-    floor: Sequence[float],
-    *,
-    area: tuple[int, int],
-    pivot: str,
-    reason: str = "",
-    split_distances: Sequence[float] | None = None,
-    by_language: Mapping[str, Sequence[float]] | None = None,
-) -> Section:
-    """Where to shift: the subspace distance at every boundary, and the area chosen."""
-    forward, backward = area
+def area_section(space: LanguageSpace, area: Area, *, chosen: tuple[int, int] | None = None) -> Section:
+    """Where to shift: the subspace distance at every boundary, and the area.
+
+    Args:
+        space: has subspaces.
+        area: what its distances recommend.
+        chosen: the area (forward, backward) that was used instead.
+    """
+    forward, backward = chosen or (area.forward, area.backward)
+    recommended = (forward, backward) == (area.forward, area.backward)
+    estimated, boundaries = set(space.boundaries), list(range(space.num_boundaries))
+    by_language = {
+        code: [space.distance(k, code, space.pivot) if k in estimated else float("nan") for k in boundaries]
+        for code in space.languages
+        if code != space.pivot
+    }
     picture = Picture.draw(
         plots.distance_plot,
         boundaries,
-        distances,
-        floor,
-        area=area,
-        split_distances=split_distances,
-        by_language=by_language,
-        alt=f"Subspace distance to {pivot} by boundary, with its noise floor; boundaries {forward} to "
+        area.distances,
+        area.floor,
+        area=(forward, backward),
+        split_distances=area.split_distances,
+        by_language=by_language if len(by_language) > 1 else None,
+        alt=f"Subspace distance to {space.pivot} by boundary, with its noise floor; boundaries {forward} to "
         f"{backward - 1} are shaded.",
         caption="The noise floor is the distance between two halves of one language's sentences: how far apart "
         "samples of the same thing lie. A distance from as many sentences that is close to it says nothing.",
     )
     text = (
-        f"Hidden states of other languages are moved to {pivot} at boundary {forward} and back at "
+        f"Hidden states of other languages are moved to {space.pivot} at boundary {forward} and back at "
         f"boundary {backward}."
     )
-    return Section("Layer area", [Text([text, *([reason] if reason else [])]), picture])
+    reason = area.reason
+    if not recommended:
+        reason = f"What the distances recommend is [{area.forward}, {area.backward}). {reason}"
+    return Section("Layer area", [Text([text, reason]), picture])
 
 
 def training_section(

@@ -1,14 +1,12 @@
 """The language of an answer, on real sentences of 16 languages and on answers that cannot be told."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from shifcon_fast.evaluation.answer_language import AnswerLanguage
 
-DATA = Path(os.environ.get("SHIFCON_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 LANGUAGES = ("en", "de", "es", "fr", "ru", "zh", "ja", "th", "sw", "bn", "te", "ar", "hi", "vi", "tr", "id")
 
 
@@ -18,11 +16,9 @@ def identifier() -> AnswerLanguage:
 
 
 @pytest.fixture(scope="module")
-def sentences() -> dict[str, list[str]]:
-    path = DATA / "ntrex128.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set SHIFCON_DATA to the folder that holds it")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:150]]
+def sentences(shifcon_data: Path) -> dict[str, list[str]]:
+    text = (shifcon_data / "ntrex128.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()[:150]]
     return {language: [row[language] for row in rows] for language in LANGUAGES}
 
 

@@ -1,7 +1,6 @@
 """Numbers in answers: cases by hand, formats written and read back, and real data."""
 
 import json
-import os
 import random
 from decimal import Decimal
 from fractions import Fraction
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from shifcon_fast.evaluation.numeric import as_number, extract_answer, find_numbers, format_number
-
-DATA = Path(os.environ.get("SHIFCON_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
 CASES = [
     # text, language, wanted
@@ -217,17 +214,14 @@ def test_numbers_are_written_plainly(value: str, text: str) -> None:
     assert format_number(Fraction(value)) == text
 
 
-def records(name: str) -> list[dict]:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set SHIFCON_DATA to the folder that holds it")
+def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_worked_answer_of_mgsm_is_read() -> None:
+def test_every_worked_answer_of_mgsm_is_read(shifcon_data: Path) -> None:
     read = {
         (record["row"], language): (extract_answer(text["response"], language), record["answer"])
-        for record in records("mgsm_exemplars.jsonl")
+        for record in records(shifcon_data / "mgsm_exemplars.jsonl")
         for language, text in record.items()
         if isinstance(text, dict)
     }
@@ -235,21 +229,21 @@ def test_every_worked_answer_of_mgsm_is_read() -> None:
     assert {key: pair for key, pair in read.items() if pair[0] != pair[1]} == {}
 
 
-def test_every_solution_of_gsm8k_is_read() -> None:
+def test_every_solution_of_gsm8k_is_read(shifcon_data: Path) -> None:
     wrong = [
         r["row"]
-        for r in records("gsm8k_train_multi.jsonl")
+        for r in records(shifcon_data / "gsm8k_train_multi.jsonl")
         if extract_answer(r["response_en"], "en") != r["answer"]
     ]
     assert wrong == []
 
 
 @pytest.mark.parametrize("language", ["de", "es", "fr", "ru", "zh", "ja", "th", "sw", "bn", "te"])
-def test_translations_hold_the_numbers_of_their_english_side(language: str) -> None:
+def test_translations_hold_the_numbers_of_their_english_side(language: str, shifcon_data: Path) -> None:
     """Human translations of the same problem: numbers differ only where one side spells them out."""
     pairs = [
         (set(find_numbers(r["en"], "en")), set(find_numbers(r[language], language)))
-        for r in records("mgsm.jsonl")
+        for r in records(shifcon_data / "mgsm.jsonl")
     ]
     shared = sum(len(english & other) for english, other in pairs)
     assert shared / sum(len(english) for english, _ in pairs) >= 0.98
