@@ -75,22 +75,24 @@ Tensor pool_gradient(const Tensor& grad, const Tensor& pooled, const Tensor& fac
   OptionalTensor kept[2];
   PoolBackward p = {};
   p.mask = mask_of(mask);
-  p.grad = rows_of(grad, "grad", kept[0]);
-  const int64_t batch = p.mask.batch, width = p.grad.width;
-  STD_TORCH_CHECK(grad.dim() == 2 && p.grad.count == batch, "grad: wanted (batch, hidden)");
-  if (normalize) {
-    p.pooled = rows_of(pooled, "pooled", kept[1]);
-    STD_TORCH_CHECK(pooled.dim() == 2 && p.pooled.count == batch && p.pooled.width == width,
-                    "pooled: wanted the shape of grad");
-  }
+  const int64_t batch = p.mask.batch;
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == batch, "grad: wanted (batch, hidden)");
   STD_TORCH_CHECK(factor.is_cpu() && factor.scalar_type() == ScalarType::Float && factor.dim() == 1 &&
                       factor.size(0) == batch,
                   "factor: wanted one float32 per row");
-  p.factor = static_cast<const float*>(factor.data_ptr());
-  p.factor_stride = factor.stride(0);
+  const int64_t width = grad.size(1);
   const Tensor result = empty({batch, p.mask.tokens, width}, dtype);
   p.dtype = dtype_of(result, "dtype");
   STD_TORCH_CHECK(p.dtype != Dtype::float64, "dtype: float64 is for the reference backend");
+  if (result.numel() == 0) return result;
+  p.grad = rows_of(grad, "grad", kept[0]);
+  if (normalize) {
+    STD_TORCH_CHECK(pooled.dim() == 2 && pooled.size(0) == batch && pooled.size(1) == width,
+                    "pooled: wanted the shape of grad");
+    p.pooled = rows_of(pooled, "pooled", kept[1]);
+  }
+  p.factor = static_cast<const float*>(factor.data_ptr());
+  p.factor_stride = factor.stride(0);
   p.grad_h = result.data_ptr();
   prefer_huge_pages(p.grad_h, result.numel() * result.element_size());
   p.tokens = unit_of(p.mask.tokens, batch, p.mask.tokens, 1);
