@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from shifcon_fast.ops import registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -132,3 +134,14 @@ def shifcon_data() -> Path:
             f"no real text at {folder}: set SHIFCON_DATA to a folder with ntrex128.jsonl to run this test"
         )
     return folder
+
+
+@pytest.fixture
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``impl="auto"`` is the reference backend, whose norm is transformers' own bit for bit."""
+    own = {key: backend for key, backend in registry._backends.items() if key[1] == "reference"}
+    monkeypatch.setattr(registry, "_backends", own)
+    monkeypatch.setattr(registry, "_warned", True)
+    registry.select.cache_clear()
+    yield
+    registry.select.cache_clear()

@@ -85,6 +85,7 @@ def test_code_from_a_checkpoint_is_not_taken_for_transformers_own():
     assert architecture_of(remote()) is None
 
 
+@pytest.mark.usefixtures("reference_backend")  # bits are compared
 def test_the_row_that_the_documentation_adds_works(tiny_model, random_space, batch, monkeypatch):
     """docs/architectures.md walks through SmolLM3."""
     model = tiny_model("smollm3")

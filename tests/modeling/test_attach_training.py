@@ -103,6 +103,7 @@ def test_peft_before_and_after_attach_are_the_same_model(
     assert merged.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.usefixtures("reference_backend")  # bits are compared
 def test_a_norm_that_peft_trains_engages_with_its_active_weight(tiny_model, random_space, batch, batch_ids):
     model = tiny_model("llama")
     space = random_space(model)
