@@ -1,4 +1,4 @@
-"""Runs the kernels' contract under Triton's interpreter, in processes of their own.
+"""Runs the operators' contract on the Triton kernels under Triton's interpreter, in processes of their own.
 
 Triton decides when a kernel is decorated whether it is interpreted, so TRITON_INTERPRET must be set before imports.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-CONTRACT = Path(__file__).parent / "contract"
+CONTRACT = Path(__file__).resolve().parents[1] / "contract"
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ CONTRACT = Path(__file__).parent / "contract"
         ("norm", ""),
         ("library", ""),
         ("pooling", ""),
+        ("triton", ""),
     ],
 )
 def test_contract(part: str, selection: str) -> None:

@@ -1,4 +1,6 @@
-"""``masked_mean_pool`` on the Triton backend."""
+"""``masked_mean_pool``: what every backend has to keep."""
+
+# ruff: noqa: PLR0917 - pytest passes fixtures by name
 
 from __future__ import annotations
 
@@ -12,6 +14,11 @@ from shifcon_fast import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ErrorRule = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@pytest.fixture
+def impl(backend: Callable[..., str]) -> str:
+    return backend("masked_mean_pool")
 
 
 def mean(h: Tensor, mask: Tensor, normalize: bool) -> Tensor:
@@ -29,6 +36,7 @@ def test_values_and_gradient(
     shape: tuple[int, int, int],
     normalize: bool,
     dtype: torch.dtype,
+    impl: str,
     device: torch.device,
     within_rule: ErrorRule,
 ) -> None:
@@ -37,7 +45,7 @@ def test_values_and_gradient(
     mask[:, 0] = True
     h = values.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()  # what is masked is never read
     upper = torch.randn(shape[0], shape[2], device=device)
-    pooled = ops.masked_mean_pool(h, mask, normalize, impl="triton")
+    pooled = ops.masked_mean_pool(h, mask, normalize, impl=impl)
     (grad,) = torch.autograd.grad(pooled, h, upper)
     assert pooled.dtype == torch.float32
     expected = {}
@@ -53,20 +61,20 @@ def test_values_and_gradient(
 @pytest.mark.parametrize(
     "integer", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 )
-def test_any_mask_dtype_left_padding_and_holes(integer: torch.dtype, device: torch.device) -> None:
+def test_any_mask_dtype_left_padding_and_holes(integer: torch.dtype, impl: str, device: torch.device) -> None:
     h = torch.arange(2 * 6 * 20, device=device).view(2, 6, 20).float()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 0, 1]], device=device).to(integer)
     expected = torch.stack([h[0, 2:].mean(0), h[1, [0, 2, 5]].mean(0)])
-    torch.testing.assert_close(ops.masked_mean_pool(h, mask, impl="triton"), expected)
+    torch.testing.assert_close(ops.masked_mean_pool(h, mask, impl=impl), expected)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_an_empty_row_gives_zeros_and_no_gradient(normalize: bool, device: torch.device) -> None:
+def test_an_empty_row_gives_zeros_and_no_gradient(normalize: bool, impl: str, device: torch.device) -> None:
     h = torch.randn(3, 4, 10, device=device)
     h[1] = 0  # a zero mean has no direction
     h.requires_grad_()
     mask = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]], device=device)
-    pooled = ops.masked_mean_pool(h, mask, normalize, impl="triton")
+    pooled = ops.masked_mean_pool(h, mask, normalize, impl=impl)
     (grad,) = torch.autograd.grad(pooled, h, torch.randn(3, 10, device=device))
     assert not pooled[:2].any()
     assert not grad[0].any()
@@ -75,16 +83,16 @@ def test_an_empty_row_gives_zeros_and_no_gradient(normalize: bool, device: torch
     assert grad[2, 1].any()
 
 
-def test_zero_tokens_and_zero_rows(device: torch.device) -> None:
+def test_zero_tokens_and_zero_rows(impl: str, device: torch.device) -> None:
     for shape in ((2, 0, 6), (0, 3, 6)):
         h = torch.randn(shape, device=device, requires_grad=True)
-        pooled = ops.masked_mean_pool(h, torch.ones(shape[:2], device=device).bool(), True, impl="triton")
+        pooled = ops.masked_mean_pool(h, torch.ones(shape[:2], device=device).bool(), True, impl=impl)
         assert torch.equal(pooled, torch.zeros(shape[0], 6, device=device))
         assert torch.autograd.grad(pooled.sum(), h)[0].shape == shape
 
 
 @pytest.mark.parametrize("layout", ["sliced tokens", "transposed", "strided columns"])
-def test_non_contiguous_inputs(layout: str, device: torch.device) -> None:
+def test_non_contiguous_inputs(layout: str, impl: str, device: torch.device) -> None:
     base = torch.randn(5, 6, 64, device=device)
     h = {
         "sliced tokens": base[:, 1:4],
@@ -96,7 +104,7 @@ def test_non_contiguous_inputs(layout: str, device: torch.device) -> None:
     results = []
     for leaf, own_mask in ((h, mask), (h.contiguous(), mask.contiguous())):
         leaf.requires_grad_()
-        pooled = ops.masked_mean_pool(leaf, own_mask, True, impl="triton")
+        pooled = ops.masked_mean_pool(leaf, own_mask, True, impl=impl)
         results.append([pooled, torch.autograd.grad(pooled, leaf, upper)[0]])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)

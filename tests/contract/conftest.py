@@ -1,10 +1,13 @@
-"""The kernels' contract, on a CUDA device, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
+"""The operators' contract: one set of assertions that every backend has to keep.
 
-Elsewhere these tests are not collected; ``tests/kernels/test_interpreter.py`` runs them in processes of their own.
+Which backend, and where: Triton on a CUDA device, or on the CPU under its interpreter (TRITON_INTERPRET=1; Triton
+decides when a kernel is decorated, so ``tests/kernels/test_interpreter.py`` runs that in processes of their own);
+otherwise the compiled extension on the CPU. SHIFCON_CONTRACT=native asks for the latter where a CUDA device is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from shifcon_fast import ops
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON = INTERPRETED or torch.cuda.is_available()
+IMPL = os.environ.get("SHIFCON_CONTRACT", "triton" if _TRITON else "native")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
 
-if not INTERPRETED and not torch.cuda.is_available():
-    collect_ignore_glob = ["test_*.py"]
+if IMPL != "triton":
+    collect_ignore_glob = ["test_triton.py"]
 
 ErrorRule = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -43,17 +50,45 @@ def _interpreter_rounds_to_bfloat16() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_and_deterministic() -> Iterator[None]:
-    """Memory that a kernel forgot to write holds NaN, and nothing may depend on the order of threads."""
+    """Memory that a kernel forgot to write holds NaN or huge numbers; nothing depends on the order of threads."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    _fill_what_malloc_returns(1)
     yield
+    _fill_what_malloc_returns(0)
     torch.use_deterministic_algorithms(False)
+
+
+def _fill_what_malloc_returns(byte: int) -> None:
+    """Tensors that the extension makes itself come from malloc unfilled: have it write 0xff ^ byte; 0 ends that."""
+    perturb = -6  # M_PERTURB in glibc's malloc.h
+    if IMPL == "native" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(perturb, byte)
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cuda" if IMPL == "triton" and not INTERPRETED else "cpu")
+
+
+@pytest.fixture
+def backend(device: torch.device) -> Callable[..., str]:
+    """``backend(*operators)``: the name under test; skips, with the reason, where it cannot run one of them."""
+
+    def usable(*operators: str) -> str:
+        for report in ops.backend_report():
+            if (
+                report.operator in operators
+                and report.device.startswith(device.type)
+                and report.chosen != IMPL
+            ):
+                reason = report.reasons[IMPL]
+                if reason != f"{report.chosen} is preferred on {device.type}":
+                    pytest.skip(f"{report.operator}: {IMPL}: {reason}")
+        return IMPL
+
+    return usable
 
 
 @pytest.fixture
