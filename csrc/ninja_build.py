@@ -8,15 +8,22 @@ merge across files, so that no instruction of a higher level can reach a machine
 The libraries use PyTorch's stable ABI and nothing of Python's: one file serves every torch >= 2.10, every Python.
 torch.utils.cpp_extension would do most of this, but it compiles every source with the same flags, and builds CUDA
 sources only with a PyTorch that was built for CUDA.
+
+Environment: CXX is the compiler (`ccache g++` works), CUDA_HOME the CUDA toolkit, MAX_JOBS how many compilers run
+at a time. CXXFLAGS is not read: what is compiled must run on every machine of its architecture.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,18 +51,26 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiles: paths of the programs, and PyTorch's headers and libraries."""
+    """What compiles: the programs, and PyTorch's headers and libraries.
+
+    ``cxx`` is a command of one or more words; ``torch_cuda`` is the CUDA release that PyTorch was built for.
+    """
 
     ninja: str
-    cxx: str
+    cxx: tuple[str, ...]
     torch: Path
     nvcc: str | None = None
+    torch_cuda: tuple[int, int] | None = None
 
     @property
     def includes(self) -> list[str]:
         """Preprocessor flags for PyTorch's stable headers."""
         folders = [self.torch / "include", self.torch / "include/torch/csrc/api/include"]
-        return [f"-isystem{folder}" for folder in folders] + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        # In two words: nvcc knows no other form.
+        return [
+            *(word for folder in folders for word in ("-isystem", str(folder))),
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        ]
 
 
 @dataclass
@@ -81,10 +96,29 @@ class Plan:
         )
         return target
 
-    def link(self, objects: Sequence[Path], library: Path, flags: Sequence[str]) -> None:
-        """Add the shared library that holds the objects."""
-        listed = " ".join(map(_escape, objects))
-        self.statements.append(f"build {_escape(library)}: link {listed}\n  flags = {shlex.join(flags)}")
+    def link(
+        self,
+        objects: Sequence[Path],
+        library: Path,
+        flags: Sequence[str],
+        *,
+        rule: str = "link",
+        after: Sequence[Path] = (),
+    ) -> None:
+        """Add the shared library that holds the objects; ``after`` must be there first."""
+        listed, waits = (" ".join(map(_escape, paths)) for paths in (objects, after))
+        self.statements.append(
+            f"build {_escape(library)}: {rule} {listed} | {waits}\n  flags = {shlex.join(flags)}"
+        )
+
+    def stub(self, name: str) -> Path:
+        """Add an empty library that is called ``name``; return its folder, for the linker to search.
+
+        What is linked against it asks for the real one when it is loaded, and the build need not have that.
+        """
+        target = self.folder / "stubs" / name
+        self.statements.append(f"build {_escape(target)}: stub\n  soname = {name}")
+        return target.parent
 
     def run(self, *, verbose: bool = False) -> None:
         """Write the file and run ninja.
@@ -93,26 +127,45 @@ class Plan:
             BuildError: a compiler failed; with its output.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        tools = self.toolchain
-        rules = [
-            f"rule cxx\n  command = {shlex.quote(tools.cxx)} -MD -MF $out.d $flags -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = C++ $out",
-            f"rule link\n  command = {shlex.quote(tools.cxx)} -shared $in $flags -o $out\n"
-            "  description = link $out",
-        ]
-        if tools.nvcc is not None:
-            rules.append(
-                f"rule nvcc\n  command = {shlex.quote(tools.nvcc)} -MD -MF $out.d $flags -c $in -o $out\n"
-                "  depfile = $out.d\n  deps = gcc\n  description = CUDA $out"
-            )
+        cxx, nvcc = shlex.join(self.toolchain.cxx), self.toolchain.nvcc
+        rules = [_compile_rule("cxx", cxx, "C++"), _link_rule("link", cxx), _STUB_RULE.format(cxx=cxx)]
+        if nvcc is not None:
+            # nvcc links as well: it knows where its runtime lies.
+            rules += [
+                _compile_rule("nvcc", shlex.quote(nvcc), "CUDA"),
+                _link_rule("nvlink", shlex.quote(nvcc)),
+            ]
         text = "\n".join(["ninja_required_version = 1.5", *rules, *self.statements, ""])
         (self.folder / "build.ninja").write_text(text, encoding="utf-8")
-        command = [tools.ninja, "-C", str(self.folder), *(["-v"] if verbose else [])]
+        jobs = os.environ.get("MAX_JOBS")
+        command = [
+            *(self.toolchain.ninja, "-C", str(self.folder)),
+            *(["-v"] if verbose else []),
+            *(["-j", jobs] if jobs else []),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if verbose or result.returncode != 0:
-            print(result.stdout + result.stderr, flush=True)
+        output = result.stdout + result.stderr
         if result.returncode != 0:
-            raise BuildError(f"compiling csrc/ failed:\n{(result.stdout + result.stderr)[-3000:]}")
+            raise BuildError(f"compiling {SOURCES.name}/ failed:\n{output}")
+        if verbose:
+            print(output, flush=True)
+
+
+def _compile_rule(name: str, command: str, language: str) -> str:
+    return (
+        f"rule {name}\n  command = {command} -MD -MF $out.d $flags -c $in -o $out\n"
+        f"  depfile = $out.d\n  deps = gcc\n  description = {language} $out"
+    )
+
+
+def _link_rule(name: str, command: str) -> str:
+    return f"rule {name}\n  command = {command} -shared $in $flags -o $out\n  description = link $out"
+
+
+_STUB_RULE = (
+    "rule stub\n  command = {cxx} -shared -nostdlib -x c++ /dev/null -Wl,-soname,$soname -o $out\n"
+    "  description = stub $out"
+)
 
 
 def _escape(path: Path) -> str:
@@ -122,29 +175,34 @@ def _escape(path: Path) -> str:
 def find_toolchain() -> Toolchain:
     """The programs that compile the libraries.
 
+    PyTorch is found, not imported: a machine that builds for others may lack what its import needs.
+
     Raises:
         BuildError: one of them is missing; the message says which and what to do.
     """
-    try:
-        import torch
-    except ImportError:
+    if sys.platform != "linux":
+        raise BuildError(f"it is made for Linux, not for {sys.platform}")
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         raise BuildError(
-            "PyTorch is not installed where the build runs; install torch first and pass --no-build-isolation"
-        ) from None
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < OLDEST_TORCH:
-        raise BuildError(f"torch {torch.__version__} has no stable ABI for this; install torch >= 2.10")
+            "PyTorch is not there where the build runs; install torch first, then pass --no-build-isolation to pip"
+        )
+    folder = Path(spec.origin).resolve().parent
+    about = runpy.run_path(str(folder / "version.py"))
+    if _release(about["__version__"]) < OLDEST_TORCH:
+        raise BuildError(f"torch {about['__version__']} is too old for its stable ABI; install torch >= 2.10")
     # Where the environment's bin/ is not on the PATH, the ninja package knows where its program is.
     ninja = shutil.which("ninja") or _packaged_ninja()
     if ninja is None:
         raise BuildError("ninja was not found; `pip install ninja`")
-    wanted = os.environ.get("CXX", "").split() or ["g++", "clang++", "c++"]
-    cxx = next(filter(None, map(shutil.which, wanted)), None)
-    if cxx is None:
-        raise BuildError(
-            f"no C++ compiler was found (looked for {', '.join(wanted)}); install g++ or clang++"
-        )
-    return Toolchain(ninja, cxx, Path(torch.__file__).resolve().parent, _find_nvcc())
+    return Toolchain(
+        ninja, _find_cxx(), folder, _find_nvcc(), _release(about["cuda"]) if about.get("cuda") else None
+    )
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _packaged_ninja() -> str | None:
@@ -155,9 +213,40 @@ def _packaged_ninja() -> str | None:
     return shutil.which("ninja", path=ninja.BIN_DIR)
 
 
+def _find_cxx() -> tuple[str, ...]:
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for words in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(words[0]):
+            return tuple(words)
+    wanted = f"CXX={asked[0]}" if asked else "g++, clang++, c++"
+    raise BuildError(f"no C++ compiler was found (looked for {wanted}); install g++ or clang++")
+
+
 def _find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def cuda_problem(toolchain: Toolchain) -> str | None:
+    """Why the CUDA library cannot be compiled here, or ``None`` if it can."""
+    if not list((SOURCES / "cuda").glob("*.cu")):
+        return f"there is no source in {SOURCES / 'cuda'}"
+    if toolchain.nvcc is None:
+        return "nvcc was not found; install the CUDA toolkit, or set CUDA_HOME to where it is"
+    return None
+
+
+def nvcc_release(nvcc: str) -> tuple[int, int]:
+    """The CUDA release that ``nvcc`` belongs to.
+
+    Raises:
+        BuildError: it does not run, or does not say.
+    """
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+\.\d+)", told.stdout)
+    if found is None:
+        raise BuildError(f"{nvcc} --version does not name its release: {told.stdout}{told.stderr}")
+    return _release(found[1])
 
 
 # Denormals, NaN and signed zeros keep their meaning: of the fast-math family only contraction into fused
@@ -194,15 +283,29 @@ def build_cpu(
         for source in sorted((SOURCES / "cpu/kernels").glob("*.cpp")):
             chosen = [*common, *_KERNEL_FLAGS, *flags, f"-DSHIFCON_LEVEL={level}"]
             objects.append(plan.compile(source, chosen, tag=f".{level}"))
-    plan.link(objects, library, [*extra, *_link_flags(toolchain, "torch_cpu")])
+    plan.link(objects, library, [*extra, *_link_flags(toolchain, "torch_cpu"), "-Wl,--as-needed"])
     library.parent.mkdir(parents=True, exist_ok=True)
     plan.run(verbose=verbose)
 
 
+def supported_architectures(nvcc: str) -> tuple[str, ...]:
+    """Those of :data:`CUDA_ARCHITECTURES` that ``nvcc`` knows; what it does not know runs the newest one's PTX.
+
+    Raises:
+        BuildError: it knows none.
+    """
+    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = set(told.stdout.split())
+    found = tuple(number for number in CUDA_ARCHITECTURES if f"compute_{number}" in known)
+    if not found:
+        raise BuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: {told.stderr}")
+    return found
+
+
 def cuda_flags(toolchain: Toolchain, architectures: Sequence[str] = CUDA_ARCHITECTURES) -> list[str]:
     """nvcc's flags: machine code for every architecture, and PTX of the last one for those to come."""
-    flags = [*("-std=c++17", "-O3", "--use_fast_math=false", "-lineinfo", "-DUSE_CUDA"), *toolchain.includes]
-    flags += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", f"-I{SOURCES / 'cuda'}"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", *toolchain.includes, f"-I{SOURCES / 'cuda'}"]
+    flags += ["-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-Wall"]
     for architecture in architectures:
         flags.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
     last = architectures[-1]
@@ -215,17 +318,23 @@ def build_cuda(toolchain: Toolchain, library: Path, folder: Path, *, verbose: bo
     Raises:
         BuildError: there is no nvcc, or it failed.
     """
-    if toolchain.nvcc is None:
-        raise BuildError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME to where it is")
+    problem = cuda_problem(toolchain)
+    if problem is not None:
+        raise BuildError(problem)
+    assert toolchain.nvcc is not None
     plan = Plan(toolchain, folder)
-    flags = cuda_flags(toolchain)
+    flags = [*cuda_flags(toolchain, supported_architectures(toolchain.nvcc)), "--threads=0"]
     objects = [plan.compile_cuda(source, flags) for source in sorted((SOURCES / "cuda").glob("*.cu"))]
-    runtime = Path(toolchain.nvcc).resolve().parents[1] / "lib64"
-    plan.link(objects, library, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
+    # Part of the C shim (streams) lies in PyTorch's CUDA library, which the machine that builds may not have.
+    # CUDA's own runtime is linked in, and hidden, so that it never stands in for the one that PyTorch brings.
+    stubs = plan.stub("libtorch_cuda.so")
+    needed = ["-Xlinker=--no-as-needed", f"-L{stubs}", "-ltorch_cuda", *_link_flags(toolchain, "torch_cpu")]
+    hidden = ["-cudart=static", "-Xlinker=--exclude-libs,libcudart_static.a"]
+    plan.link(objects, library, [*needed, *hidden], rule="nvlink", after=[stubs / "libtorch_cuda.so"])
     library.parent.mkdir(parents=True, exist_ok=True)
     plan.run(verbose=verbose)
 
 
 def _link_flags(toolchain: Toolchain, library: str) -> list[str]:
     # No rpath: PyTorch is loaded, by the import that precedes ours, wherever it lies on the user's machine.
-    return [f"-L{toolchain.torch / 'lib'}", f"-l{library}", "-Wl,--as-needed"]
+    return [f"-L{toolchain.torch / 'lib'}", f"-l{library}"]
