@@ -107,3 +107,36 @@ def pool_backward(
 register_backend(
     "masked_mean_pool", "native", forward=pool_forward, backward=pool_backward, unavailable=unavailable
 )
+
+
+def projection_forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    moved: Tensor = _operator("subspace_project")(x, mean, basis, source, target)
+    return moved
+
+
+def projection_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    basis: Tensor,
+    source: Tensor,
+    target: Tensor,
+    need_x: bool,
+    need_mean: bool,
+    need_basis: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs = (need_x, need_mean, need_basis)
+    found = iter(_operator("subspace_project_backward")(grad, x, mean, basis, source, target, *needs))
+    grad_x, grad_mean, grad_basis = (next(found) if needed else None for needed in needs)
+    return grad_x, grad_mean, grad_basis
+
+
+register_backend(
+    "subspace_project",
+    "native",
+    forward=projection_forward,
+    backward=projection_backward,
+    unavailable=unavailable,
+    checks_arguments=True,
+    calls_torch=False,
+)
