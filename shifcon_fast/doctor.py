@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, NF4, and the backend of every operator (``shifcon doctor``)."""
+"""What this machine can do: versions, devices, NF4, compiled libraries, backends (``shifcon doctor``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shifcon_fast import ops
+from shifcon_fast import _native, ops
 from shifcon_fast.training.quantization import nf4_problem
 
 PACKAGES = (
@@ -65,10 +65,19 @@ def _physical_memory() -> int | None:
         return None
 
 
+def native() -> dict[str, str]:
+    """For each compiled library, "works" and with which vector instructions, or why not and what to do."""
+    return {
+        "cpu": _native.load("cpu") or f"works, with {_native.cpu_level()} instructions",
+        "cuda": _native.load("cuda") or "works",
+    }
+
+
 def examine() -> dict[str, Any]:
     """Everything ``shifcon doctor`` prints, ready for JSON.
 
     "nf4" maps each device to "works" or to what is wrong; it is found by quantising a matrix and reading it back.
+    "native" maps each compiled library to what :func:`native` says.
     """
     present = devices()
     return {
@@ -77,6 +86,7 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "devices": [asdict(device) for device in present],
         "nf4": {device.name: nf4_problem(torch.device(device.name)) or "works" for device in present},
+        "native": native(),
         "operators": [asdict(report) for report in ops.backend_report()],
     }
 
@@ -91,8 +101,12 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"  {device['name']:14} {device['description']}{memory}")
     lines += ["", "4-bit (NF4)"]
     lines += [f"  {device:14} {verdict}" for device, verdict in found["nf4"].items()]
+    lines += ["", "compiled extension"]
+    lines += [f"  {library:14} {verdict}" for library, verdict in found["native"].items()]
     lines += ["", "operators"]
     for report in found["operators"]:
         lines.append(f"  {report['operator']:24} {report['device']:6} {report['chosen']}")
-        lines += [f"    {backend}: {reason}" for backend, reason in report["reasons"].items() if reason]
+        for backend, reason in report["reasons"].items():
+            said = reason in found["native"].values()
+            lines.append(f"    {backend}: {'see the compiled extension above' if said else reason}")
     return "\n".join(lines)

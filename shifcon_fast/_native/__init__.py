@@ -17,10 +17,12 @@ import torch
 
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
-_HOW_TO_BUILD = (
-    "for it, reinstall where g++ and ninja are: "
-    "pip install --no-build-isolation --force-reinstall --no-deps shifcon-fast"
-)
+_HOW_TO_BUILD = {
+    "cpu": "for it, where g++, ninja and setuptools >= 77 are, run `pip install --no-build-isolation --no-deps "
+    "--force-reinstall .` in the folder of the source",
+    "cuda": "for it, where nvcc, g++, ninja and setuptools >= 77 are, run `SHIFCON_CUDA=1 pip install "
+    "--no-build-isolation --no-deps --force-reinstall .` in the folder of the source",
+}
 
 
 def _file_of(library: str) -> Path | None:
@@ -30,19 +32,35 @@ def _file_of(library: str) -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob(f"{library}.*so"))), None)
 
 
+def _another_copy(library: str, file: Path) -> bool:
+    """Whether a different file has registered these operators; a second one would abort the process."""
+    if str(file.resolve()) in torch.ops.loaded_libraries:
+        return False
+    names = torch._C._dispatch_get_all_op_names()
+    return any(name.startswith(f"shifcon_fast_{library}::") for name in names)
+
+
 @cache
 def load(library: str) -> str | None:
     """Load ``library`` ("cpu" or "cuda"); return why it cannot be used, or ``None`` when it can."""
+    if library == "cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA; install a torch that is"
     found = _file_of(library)
     if found is None:
-        return f"it was installed without the compiled extension ({library}); {_HOW_TO_BUILD}"
+        return f"it was installed without the compiled extension ({library}); {_HOW_TO_BUILD[library]}"
+    if _another_copy(library, found):
+        return (
+            f"another copy of the compiled extension ({library}) than {found} is loaded in this process; import "
+            "shifcon_fast from one installation only"
+        )
     try:
         torch.ops.load_library(str(found))
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = str(error.__cause__ or error).strip().splitlines()[0]  # torch wraps what the system says
         return (
-            f"the compiled extension ({library}) does not load into torch {torch.__version__} ({cause}); it needs "
-            f"the stable ABI of torch >= 2.10; {_HOW_TO_BUILD}"
+            f"the compiled extension ({library}) does not load into torch {torch.__version__} on this machine: "
+            f"{cause}. It needs torch >= 2.10, and a system as new as the one that compiled it; "
+            f"{_HOW_TO_BUILD[library]}"
         )
     return None
 
