@@ -140,3 +140,60 @@ register_backend(
     checks_arguments=True,
     calls_torch=False,
 )
+
+
+def similarity_forward(a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool) -> Tensor:
+    similarity: Tensor = _operator("contrastive_similarity")(a, b, scale, normalize, recenter)
+    return similarity
+
+
+def similarity_backward(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    normalize: bool,
+    recenter: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    found = iter(
+        _operator("contrastive_similarity_backward")(grad, a, b, scale, normalize, recenter, need_a, need_b)
+    )
+    return next(found) if need_a else None, next(found) if need_b else None
+
+
+def nce_forward(
+    a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, row_parts, column_parts = _operator("info_nce")(a, b, scale, normalize, recenter)
+    return loss, row_parts, column_parts
+
+
+def nce_backward(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    row_parts: Tensor,
+    column_parts: Tensor,
+    scale: float,
+    normalize: bool,
+    recenter: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    found = iter(
+        _operator("info_nce_backward")(
+            grad, a, b, row_parts, column_parts, scale, normalize, recenter, need_a, need_b
+        )
+    )
+    return next(found) if need_a else None, next(found) if need_b else None
+
+
+for _name, _forward, _backward in (
+    ("contrastive_similarity", similarity_forward, similarity_backward),
+    ("info_nce", nce_forward, nce_backward),
+):
+    register_backend(
+        _name, "native", forward=_forward, backward=_backward, unavailable=unavailable, calls_torch=False
+    )
