@@ -95,6 +95,7 @@ def build(size: Size, device: torch.device, *, rank: int = 16, seed: int = 0) ->
     config = LlamaConfig(**{**size.config, "num_hidden_layers": 0})
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config = model.config  # the library may have taken a copy
     config.num_hidden_layers = layers
     for index in range(layers):
         with torch.device(device):

@@ -17,6 +17,7 @@ from torch import nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.ops.registry import OPERATORS
 from shifcon_fast.space.language_space import LanguageSpace
 
 REHEARSED = os.environ.get("SHIFCON_REHEARSE") == "1" and not torch.cuda.is_available()
@@ -58,7 +59,7 @@ def only_fast() -> Callable[[dict[tuple[str, str], int]], bool]:
         r.operator: r.chosen for r in ops.backend_report(torch.float32) if r.device.partition(":")[0] == "cpu"
     }
     if not REHEARSED:
-        chosen = dict.fromkeys(ops.OPERATORS, "triton") | {"subspace_project": "native"}
+        chosen = dict.fromkeys(OPERATORS, "triton") | {"subspace_project": "native"}
 
     def check(counts: dict[tuple[str, str], int]) -> bool:
         return bool(counts) and all(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from shifcon_fast import ops
+from shifcon_fast.ops.registry import OPERATORS
 
 GIB = 2**30
 
@@ -71,6 +73,61 @@ def test_the_chosen_backends_are_the_fast_ones(case, device, only_fast):
     ops.reset_call_counts()
     for result in CASES[case](*inputs(case, device)):
         assert torch.isfinite(result).all()
+    assert only_fast(ops.call_counts())
+
+
+def registered_calls(name: str, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a registered operator; those of a backward are what its forward left for it."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    operator = getattr(torch.ops.shifcon_fast, name.removesuffix("_backward")).default
+    ids = torch.tensor([1, -1], device=device)
+    forward: tuple[Any, ...]
+    if name.startswith("add_shift_rms_norm"):
+        weight, shift = torch.rand(16, device=device), torch.randn(2, 16, device=device)
+        forward = (leaf(2, 3, 16), weight, leaf(2, 3, 16), shift, ids, 1e-6, "gemma", "auto")
+        y, h, rstd = operator(*forward)
+        upper = (torch.randn_like(y), torch.randn_like(h))
+        backward: tuple[Any, ...] = (*upper, h, weight, rstd, ids, 2, "gemma", True, True, True, "auto")
+    elif name.startswith("masked_mean_pool"):
+        mask = torch.tensor([[1, 0, 1], [0, 0, 0]], device=device)
+        forward = (leaf(2, 3, 16), mask, True, "auto")
+        pooled, factor = operator(*forward)
+        backward = (torch.randn_like(pooled), pooled, factor, mask, torch.bfloat16, True, "auto")
+    elif name.startswith("info_nce"):
+        a, b = leaf(2, 5, 16), leaf(2, 5, 16)
+        forward = (a, b, 5.0, True, True, "auto")
+        loss, rows, columns = operator(*forward)
+        backward = (torch.randn_like(loss), a, b, rows, columns, 5.0, True, True, True, False, "auto")
+    elif name.startswith("contrastive_similarity"):
+        a, b = leaf(2, 5, 16), leaf(2, 4, 16)
+        forward = (a, b, 5.0, True, False, "auto")
+        backward = (torch.randn_like(operator(*forward)), a, b, 5.0, True, False, True, True, "auto")
+    else:
+        x, mean, basis = (
+            leaf(2, 3, 16),
+            torch.randn(2, 16, device=device),
+            torch.randn(2, 16, 4, device=device),
+        )
+        forward = (x, mean, basis, ids, None, "auto")
+        backward = (leaf(2, 3, 16), x, mean, basis, ids, None, True, True, True, "auto")
+    if name.endswith("_backward"):
+        return backward
+    return tuple(
+        v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in forward
+    )
+
+
+@pytest.mark.parametrize("backward", ["", "_backward"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(operator, backward, device, only_fast):
+    """Schema, fake shapes and strides, autograd registration and AOT dispatch, on the chosen backend."""
+    name = operator + backward
+    arguments = registered_calls(name, device)
+    ops.reset_call_counts()
+    torch.library.opcheck(getattr(torch.ops.shifcon_fast, name).default, arguments)
     assert only_fast(ops.call_counts())
 
 
