@@ -114,21 +114,22 @@ def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., 
         info = benchmark.extra_info
         info.update(case=case, peer=peer, moved=moved, flops=flops, peak_mib=None)
         info["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
-        # Ceilings first: the first call of a session measures them, before the device is warm from anything else.
-        copied = ceilings.copy_bandwidth(device.type, smoke) if moved is not None else None
         if flops is not None and dtype is None:
             raise ValueError("dtype: got none; flops are a share of the rate of products in one dtype")
-        multiplied = ceilings.matmul_rate(device.type, info["dtype"], smoke) if flops is not None else None
+        ceilings.measured(device.type, smoke)  # once a session, before anything else is timed
         timing = (
             _on_cpu(benchmark, calls, smoke) if device.type == "cpu" else _on_cuda(benchmark, calls, smoke)
         )
         info.update(ms=timing.median * 1e3, iqr_ms=timing.iqr * 1e3, rounds=timing.rounds)
         if moved is not None:
             info["gb_s"] = moved / timing.median / 1e9
-            info["percent_of_copy"] = 100 * moved / timing.median / copied
+            info["percent_of_copy"] = (
+                100 * moved / timing.median / ceilings.copy_bandwidth(device.type, smoke)
+            )
         if flops is not None:
             info["tflop_s"] = flops / timing.median / 1e12
-            info["percent_of_matmul"] = 100 * flops / timing.median / multiplied
+            rate = ceilings.matmul_rate(device.type, info["dtype"], smoke)
+            info["percent_of_matmul"] = 100 * flops / timing.median / rate
 
     return run
 
