@@ -14,8 +14,9 @@ Parts, in the order in which they run (``build`` always does; correctness runs s
 
 Nothing is fetched. Packages that the machine lacks can be brought as wheels in ``wheels/`` beside this folder: they
 are installed for this run only. OUT gets environment.json (device, driver, versions, commit, backends, and for each
-job what came out and how long it took), ceilings.json, ops.xml, models.xml, step.json, benchmarks.json and log.txt.
-Exit status 0 if every job passed or could not apply, 1 if one failed, 2 without a CUDA device.
+job what came out and how long it took), ceilings.json, ops.xml, ops_large.xml, models.xml, step.json,
+benchmarks.json and log.txt: eight files. Exit status 0 if every job passed or could not apply, 1 if one failed, 2
+without a CUDA device.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ SANITIZED = (
     "(test_values_and_gradients and 7-) or (test_values_and_gradient and shape1) or index_per_row or small"
     " or (test_loss and (shape2 or shape4)) or (test_similarity and shape0)"
 )
+LARGE = "two_to_the_31"  # tests that take tens of GiB each
 _GRACE = 20  # seconds between the request to stop, upon which pytest still writes its files, and the end
 
 
@@ -207,7 +209,11 @@ class Check:
             return [Job(part, 40, command, self.environment)]
         if part == "ops":
             ignored = [f"--ignore={path}" for path in models]
-            return [self._pytest(part, 180, [str(CONTRACT), str(DEVICE_TESTS), *ignored], workers=6)]
+            tests = [str(CONTRACT), str(DEVICE_TESTS), *ignored]
+            return [
+                self._pytest("ops", 180, [*tests, "-k", f"not {LARGE}"], workers=6),
+                self._pytest("ops_large", 180, [*tests, "-k", LARGE]),
+            ]
         if part == "models":
             return [self._pytest(part, 180, models, workers=4)]
         if part == "sanitizer":

@@ -132,21 +132,14 @@ def test_what_the_jobs_call_exists(gpu_check: ModuleType, tmp_path: Path) -> Non
                 assert Path(path).exists(), path
 
 
-def test_every_kernel_is_sanitized(gpu_check: ModuleType, tmp_path: Path) -> None:
-    """The selection is by the names of tests, and a renamed one would drop out of it in silence."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-c"]
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n", encoding="utf-8")
+def collected(selection: str, folders: list[Path], scratch: Path) -> list[str]:
+    """Names of the tests that ``-k selection`` chooses."""
+    (scratch / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    where = ["-c", str(scratch / "pytest.ini"), "--rootdir", str(REPOSITORY), *map(str, folders)]
     result = subprocess.run(
-        [
-            *command,
-            str(tmp_path / "pytest.ini"),
-            "--rootdir",
-            str(REPOSITORY),
-            str(gpu_check.CONTRACT),
-            "-k",
-            gpu_check.SANITIZED,
-        ],
-        cwd=tmp_path,
+        [*command, *where, "-k", selection],
+        cwd=scratch,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -154,13 +147,29 @@ def test_every_kernel_is_sanitized(gpu_check: ModuleType, tmp_path: Path) -> Non
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    chosen = [
-        line.partition("::")[2].partition("[")[0] for line in result.stdout.splitlines() if "::" in line
-    ]
-    assert {"test_values_and_gradients", "test_values_and_gradient", "test_loss", "test_similarity"} <= set(
-        chosen
-    )
-    assert 30 < len(chosen) < 120  # under the sanitizer, a test takes seconds
+    return [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_every_kernel_is_sanitized(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """The selection is by the names of tests, and a renamed one would drop out of it in silence."""
+    chosen = collected(gpu_check.SANITIZED, [gpu_check.CONTRACT, gpu_check.DEVICE_TESTS], tmp_path)
+    names = {line.partition("::")[2].partition("[")[0] for line in chosen}
+    assert names >= {"test_values_and_gradients", "test_values_and_gradient", "test_loss", "test_similarity"}
+    assert any("test_subspace_project.py::test_small" in line for line in chosen)
+    assert 30 < len(chosen) < 150  # under the sanitizer, a test takes seconds
+
+
+def test_large_tests_are_chosen_by_their_names(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """Run beside others, they would want more memory than there is."""
+    chosen = collected(gpu_check.LARGE, [gpu_check.CONTRACT, gpu_check.DEVICE_TESTS], tmp_path)
+    assert (
+        len({line.partition("::")[0] for line in chosen}) == 3
+    )  # norm in the contract, the others on the device
+    for function in (
+        (gpu_check.DEVICE_TESTS / "test_operators.py").read_text(encoding="utf-8").split("\ndef ")[1:]
+    ):
+        name, _, body = function.partition("(")
+        assert gpu_check.LARGE in name or "    needs(" not in body, name
 
 
 def test_the_whole_run_records_what_came_out(
