@@ -165,7 +165,7 @@ def main() -> int:
                 "no:cacheprovider",
                 "--timeout=0",
             ]
-            failed |= run(arguments.kind, library, [*command, *arguments.pytest]).returncode
+            failed |= run(arguments.kind, library, [*command, *given]).returncode
     return int(failed != 0)
 
 
