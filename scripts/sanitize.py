@@ -2,7 +2,7 @@
 
     python scripts/sanitize.py address            (addresses and undefined behaviour)
     python scripts/sanitize.py thread
-    python scripts/sanitize.py address --levels baseline -- tests/native -k norm        (what pytest is given)
+    python scripts/sanitize.py address --baseline -- tests/native -k norm       (what pytest is given)
 
 The library is compiled into a temporary folder, and the sanitizer's runtime is loaded into Python before everything
 else (LD_PRELOAD), because Python itself is not compiled with it. Needs g++ with libasan, libubsan and libtsan.
@@ -60,13 +60,13 @@ def load_build(sources: Path = REPOSITORY / "csrc") -> ModuleType:
     return module
 
 
-def build(kind: str, folder: Path, levels: Sequence[str] | None = None, sources: Path | None = None) -> Path:
+def build(kind: str, folder: Path, *, baseline_only: bool = False, sources: Path | None = None) -> Path:
     """Compile csrc/cpu (or a copy of csrc at ``sources``) for a sanitizer.
 
     Args:
         kind: "address" (with undefined behaviour) or "thread".
         folder: gets the library and the object files.
-        levels: of csrc/ninja_build.py; ``None``: all.
+        baseline_only: leave the kernels of the levels above out.
 
     Returns:
         The library's path.
@@ -77,8 +77,8 @@ def build(kind: str, folder: Path, levels: Sequence[str] | None = None, sources:
     ninja_build = load_build(sources or REPOSITORY / "csrc")
     tools = ninja_build.find_toolchain()
     _find(tools.cxx, _RUNTIME[kind])
-    if levels is not None:
-        ninja_build.LEVELS = {level: ninja_build.LEVELS[level] for level in levels}
+    if baseline_only:
+        ninja_build.LEVELS = {"baseline": ()}
     # Checked code that is inlined into one function per dtype takes minutes to compile: let the compiler choose.
     ninja_build._KERNEL_FLAGS = (
         *("-O1", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
@@ -141,17 +141,17 @@ def run(
 
 def main() -> int:
     """Build, run the tests at every level, and return 0 where nothing was reported."""
+    own, given = sys.argv[1:], [*TESTS, "-k", SMALL]
+    if "--" in own:
+        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", choices=sorted(_FLAGS))
-    parser.add_argument("--levels", nargs="+", help="levels of csrc/ninja_build.py; default: all")
-    parser.add_argument(
-        "pytest", nargs="*", default=[*TESTS, "-k", SMALL], help="after --: what pytest is given"
-    )
-    arguments = parser.parse_args()
-    failed = 0
+    parser.add_argument("--baseline", action="store_true", help="leave the levels above the baseline out")
+    arguments = parser.parse_args(own)
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
-        library = build(arguments.kind, Path(folder), arguments.levels)
-        for level in arguments.levels or load_build().LEVELS:
+        library = build(arguments.kind, Path(folder), baseline_only=arguments.baseline)
+        for level in ["baseline"] if arguments.baseline else load_build().LEVELS:
             print(f"== {arguments.kind}, {level}", flush=True)
             os.environ["SHIFCON_CPU_LEVEL"] = level
             command = [
@@ -165,8 +165,8 @@ def main() -> int:
                 "no:cacheprovider",
                 "--timeout=0",
             ]
-            failed |= run(arguments.kind, library, [*command, *given]).returncode
-    return int(failed != 0)
+            failed |= run(arguments.kind, library, [*command, *given]).returncode != 0
+    return int(failed)
 
 
 if __name__ == "__main__":

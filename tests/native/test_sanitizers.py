@@ -39,7 +39,7 @@ def output_of(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_the_operators_read_and_write_only_what_is_theirs(sanitize: ModuleType, tmp_path: Path) -> None:
-    library = sanitize.build("address", tmp_path, levels=["baseline"])
+    library = sanitize.build("address", tmp_path, baseline_only=True)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout=0"]
     tests = ["tests/contract", "-k", f"({sanitize.SMALL}) and not twice and not opcheck"]
     result = sanitize.run("address", library, [*command, *tests], capture_output=True)
@@ -79,7 +79,7 @@ def test_what_is_broken_is_reported(
     text = kernel.read_text(encoding="utf-8")
     assert text.count(line) == 1
     kernel.write_text(text.replace(line, broken), encoding="utf-8")
-    library = sanitize.build(kind, tmp_path / "build", levels=["baseline"], sources=sources)
+    library = sanitize.build(kind, tmp_path / "build", baseline_only=True, sources=sources)
     result = sanitize.run(kind, library, [sys.executable, "-c", CALL], capture_output=True)
     if report is None:
         assert result.returncode == 0, output_of(result)
