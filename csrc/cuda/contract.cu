@@ -8,8 +8,8 @@ template <typename T>
 void launch_contract(ContractArguments& p, std::int64_t tiles, void* stream) {
     const int threads = p.coefficients.padded > 64 ? 256 : 128;
     p.rank_tiles = (p.coefficients.padded + threads / 2 - 1) / (threads / 2);
-    launch(contract_mma<T>, tiles * p.coefficients.splits * p.rank_tiles, threads, contract_shared_bytes(threads), stream,
-           p);
+    const std::int64_t blocks = tiles * p.coefficients.splits * p.rank_tiles;
+    launch(contract_mma<T>, blocks, threads, contract_shared_bytes(threads), stream, p);
 }
 
 }  // namespace

@@ -72,7 +72,8 @@ struct ContractBlock {
         }
         const int pieces = 8 * warps_along_rank;
         const int padded = p.coefficients.padded;
-        const T* const basis = static_cast<const T*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
+        const T* const basis =
+            static_cast<const T*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
         unsigned char* const to = basis_of(stage);
         for (int index = thread_index(); index < kSlice * pieces; index += block_threads()) {
             const int row = index / pieces, piece = index % pieces;

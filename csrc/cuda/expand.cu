@@ -6,10 +6,11 @@ namespace {
 
 template <typename T>
 void launch_expand(const ExpandArguments& p, std::int64_t tiles, void* stream) {
+    const std::int64_t blocks = tiles * p.column_blocks;
     if (p.coefficients.padded <= 64) {
-        launch(expand_mma<T, 4>, tiles * p.column_blocks, 128, expand_shared_bytes<4>(p.coefficients.padded), stream, p);
+        launch(expand_mma<T, 4>, blocks, 128, expand_shared_bytes<4>(p.coefficients.padded), stream, p);
     } else {
-        launch(expand_mma<T, 8>, tiles * p.column_blocks, 128, expand_shared_bytes<8>(p.coefficients.padded), stream, p);
+        launch(expand_mma<T, 8>, blocks, 128, expand_shared_bytes<8>(p.coefficients.padded), stream, p);
     }
 }
 

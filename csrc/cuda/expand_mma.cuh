@@ -2,8 +2,9 @@
 //
 // A block has 128 rows, 32 a warp, and walks over its columns 32 at a time; V comes into shared memory four stages
 // deep. The coefficients are rounded once, as the first of two matrix products in x's dtype would round them, and stay
-// in registers up to a rank of 64, or 128 in the wider variant, and in shared memory up to 256. In the outer index of V, n of block b of a mma stands for the column
-// n / 2 * 8 + 2 b + n % 2, so that four blocks give a lane eight columns side by side: 128-bit stores.
+// in registers up to a rank of 64, or 128 in the wider variant, and in shared memory up to 256. In the outer index of
+// V, n of block b of a mma stands for the column n / 2 * 8 + 2 b + n % 2, so that four blocks give a lane eight columns
+// side by side: 128-bit stores.
 #pragma once
 
 #include "project.cuh"
@@ -37,7 +38,8 @@ struct ExpandBlock {
 
     SHIFCON_DEVICE void load(int column, int first_rank, int stage) const {
         const int padded = p.coefficients.padded;
-        const T* const basis = static_cast<const T*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
+        const T* const basis =
+            static_cast<const T*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
         unsigned char* const to = shared + stage * (kBasisBytesOfAll / kExpandStages);
         for (int index = thread_index(); index < kExpandColumns * kPieces; index += block_threads()) {
             const int row = index / kPieces, piece = index % kPieces, rank = first_rank + piece * 8;
@@ -57,6 +59,7 @@ struct ExpandBlock {
             if constexpr (is_float16<T>) {
                 float largest = 0.0f;
                 if (row_of(part) < tile.count) {
+#pragma unroll 1
                     for (int column = lane_index() % 4; column < p.coefficients.padded; column += 4) {
                         largest = fmaxf(largest, fabsf(p.coefficients.sum(tile.begin + row_of(part), column)));
                     }
@@ -142,7 +145,8 @@ struct ExpandBlock {
                               const float (&inverses)[4]) const {
         const int column = first_column + lane_index() % 4 * 8;
         const bool vectors = p.hidden % 8 == 0;
-        const float* const means = p.mean == nullptr ? nullptr : p.mean + static_cast<std::int64_t>(tile.group) * p.hidden;
+        const float* const means =
+            p.mean == nullptr ? nullptr : p.mean + static_cast<std::int64_t>(tile.group) * p.hidden;
         float mean[8];
 #pragma unroll
         for (int element = 0; element < 8; ++element) {
@@ -177,7 +181,7 @@ struct ExpandBlock {
 };
 
 template <typename T, int Steps>
-SHIFCON_KERNEL(128) expand_mma(ExpandArguments p) {
+SHIFCON_KERNEL(128, 2) expand_mma(ExpandArguments p) {
     const Tile tile = find_tile(p.groups, static_cast<int>(block_index() / p.column_blocks));
     if (tile.count == 0) {
         return;

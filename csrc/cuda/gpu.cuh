@@ -14,7 +14,7 @@
 
 #include "elements.cuh"
 
-#define SHIFCON_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SHIFCON_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks a multiprocessor
 #define SHIFCON_DEVICE __device__ __forceinline__
 #define SHIFCON_KEY CUDA
 

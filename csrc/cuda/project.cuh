@@ -32,6 +32,7 @@ struct Coefficients {
     }
     SHIFCON_DEVICE FloatPair pair_sum(std::int64_t position, int column) const {
         FloatPair result = *reinterpret_cast<const FloatPair*>(at(0, position) + column);
+#pragma unroll 1
         for (int split = 1; split < splits; ++split) {
             const FloatPair other = *reinterpret_cast<const FloatPair*>(at(split, position) + column);
             result = {result.first + other.first, result.second + other.second};

@@ -6,10 +6,11 @@ namespace shifcon {
 namespace {
 
 constexpr int kFmaThreads = 256;
-constexpr int kFmaTile = 64;    // rows and columns of a block; 4 x 4 a thread
-constexpr int kFmaInner = 32;   // of the inner index at a time
-constexpr int kFmaPitch = 68;   // floats from one inner index to the next: a multiple of 4 that spreads the banks
-constexpr int kFmaShared = 2 * kFmaInner * kFmaPitch * static_cast<int>(sizeof(float));
+constexpr int kFmaTile = 64;   // rows and columns of a block; 4 x 4 a thread
+constexpr int kFmaInner = 32;  // of the inner index at a time
+constexpr int kFmaPitch = 68;  // floats from one inner index to the next: a multiple of 4 that spreads the banks
+constexpr int kFmaTiles = 2 * kFmaInner * kFmaPitch * static_cast<int>(sizeof(float));
+constexpr int kFmaShared = kFmaTiles + kFmaTile * (8 + 4);  // and offset and source language of every row
 
 // sums += aᵀ b over the inner index, from shared memory. A slice is summed on its own first: the rounding of a long
 // sum grows with the number of terms.
@@ -62,7 +63,16 @@ SHIFCON_KERNEL(kFmaThreads) contract_fma(ContractArguments p) {
     float* const a = reinterpret_cast<float*>(shared_memory());
     float* const b = a + kFmaInner * kFmaPitch;
     const float* const x = static_cast<const float*>(p.rows.data);
-    const float* const basis = static_cast<const float*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
+    const float* const basis =
+        static_cast<const float*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
+    auto* const row_offset = reinterpret_cast<std::int64_t*>(shared_memory() + kFmaTiles);
+    int* const row_source = reinterpret_cast<int*>(row_offset + kFmaTile);
+    for (int row = thread_index(); row < tile.count; row += kFmaThreads) {
+        const std::int64_t number = p.groups.order[tile.begin + row];
+        row_offset[row] = number * p.rows.stride;
+        row_source[row] = p.mean != nullptr ? p.ids.source_of(number) : 0;
+    }
+    block_barrier();
     float sums[4][4] = {};
     multiply_tiles(
         begin, end, a, b, sums,
@@ -70,11 +80,10 @@ SHIFCON_KERNEL(kFmaThreads) contract_fma(ContractArguments p) {
             if (row >= tile.count) {
                 return 0.0f;
             }
-            const std::int64_t number = p.groups.order[tile.begin + row];
-            const float value = x[number * p.rows.stride + column];
+            const float value = x[row_offset[row] + column];
             return p.mean == nullptr
                        ? value
-                       : value - p.mean[static_cast<std::int64_t>(p.ids.source_of(number)) * p.hidden + column];
+                       : value - p.mean[static_cast<std::int64_t>(row_source[row]) * p.hidden + column];
         },
         [&](float* to, int index, int inner) {  // V has the columns side by side
             const int column = index % kFmaTile, at = index / kFmaTile;
@@ -106,7 +115,8 @@ SHIFCON_KERNEL(kFmaThreads) expand_fma(ExpandArguments p) {
     }
     float* const a = reinterpret_cast<float*>(shared_memory());
     float* const b = a + kFmaInner * kFmaPitch;
-    const float* const basis = static_cast<const float*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
+    const float* const basis =
+        static_cast<const float*>(p.basis) + static_cast<std::int64_t>(tile.group) * p.hidden * padded;
     float sums[4][4] = {};
     multiply_tiles(
         0, padded, a, b, sums,
@@ -141,7 +151,7 @@ void contract_float32(ContractArguments p, std::int64_t tiles, void* stream) {
 void expand_float32(ExpandArguments p, std::int64_t tiles, void* stream) {
     p.block_columns = kFmaTile;
     p.column_blocks = (p.hidden + p.block_columns - 1) / p.block_columns;
-    launch(expand_fma, tiles * p.column_blocks, kFmaThreads, kFmaShared, stream, p);
+    launch(expand_fma, tiles * p.column_blocks, kFmaThreads, kFmaTiles, stream, p);
 }
 
 }  // namespace shifcon

@@ -10,7 +10,7 @@ constexpr int kTile = 64;                                           // of grad_b
 constexpr int kInner = 16;                                          // rows at a time
 constexpr int kPitch = 68;
 
-// grad_mean[t] = sum of g. Eight threads share the rows of a column; each sums 16 rows on their own before it adds them.
+// grad_mean[t] = sum of g. Eight threads share the rows of a column, and each sums 16 of its rows before it adds them.
 template <typename T>
 SHIFCON_KERNEL(kThreads) sum_upper(TableArguments p) {
     const int column_blocks = (p.hidden + kSumColumns - 1) / kSumColumns;
@@ -61,7 +61,8 @@ SHIFCON_DEVICE int first_with_source(const TableArguments& p, int begin, int end
 // pair_sums[t][s] = sum of coefficients(g) over the rows from s to t.
 SHIFCON_KERNEL(kThreads) sum_pairs(TableArguments p) {
     const int languages = p.groups.languages, padded = p.of_upper.padded;
-    const int target = static_cast<int>(block_index() / languages), source = static_cast<int>(block_index() % languages);
+    const int target = static_cast<int>(block_index() / languages);
+    const int source = static_cast<int>(block_index() % languages);
     const int end_of_target = p.groups.starts[target + 1];
     const int begin = first_with_source(p, p.groups.starts[target], end_of_target, source);
     const int end = first_with_source(p, begin, end_of_target, source + 1);
@@ -170,7 +171,8 @@ SHIFCON_KERNEL(kThreads) sum_outer(TableArguments p) {
     for (int index = 0; index < 16; ++index) {
         const int at = first + row + index / 4, rank = first_rank + column + index % 4;
         if (at < p.hidden && rank < p.rank) {
-            p.grad_basis[(static_cast<std::int64_t>(group) * p.hidden + at) * p.rank + rank] = sums[index / 4][index % 4];
+            p.grad_basis[(static_cast<std::int64_t>(group) * p.hidden + at) * p.rank + rank] =
+                sums[index / 4][index % 4];
         }
     }
 }
@@ -186,9 +188,9 @@ void launch_mean(const TableArguments& p, void* stream) {
 
 template <typename T>
 void launch_basis(const TableArguments& p, void* stream) {
-    const std::int64_t tiles = static_cast<std::int64_t>((p.hidden + kTile - 1) / kTile) * ((p.rank + kTile - 1) / kTile);
+    const std::int64_t hidden_tiles = (p.hidden + kTile - 1) / kTile, rank_tiles = (p.rank + kTile - 1) / kTile;
     constexpr int kBytes = 4 * kInner * kPitch * static_cast<int>(sizeof(float));
-    launch(sum_outer<T>, p.groups.languages * tiles, kThreads, kBytes, stream, p);
+    launch(sum_outer<T>, p.groups.languages * hidden_tiles * rank_tiles, kThreads, kBytes, stream, p);
 }
 
 }  // namespace

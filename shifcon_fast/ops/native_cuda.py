@@ -1,0 +1,67 @@
+"""``subspace_project`` on CUDA: calls the compiled library of ``csrc/cuda``, and says where it cannot run.
+
+float32 is computed in float32; bfloat16 and float16 run on tensor cores with float32 sums, see
+``csrc/cuda/subspace_project.cu`` for what is rounded when. A language id out of range is treated as -1: to report
+it would cost a synchronisation, and nothing is read with it. Tables of another dtype or layout than the kernels
+want (mean float32; basis x's dtype, contiguous, a rank that is a multiple of 16) are converted at every call.
+"""
+
+# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shifcon_fast import _native
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_OLDEST = (8, 0)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the library cannot run on ``device`` and ``dtype``, or ``None`` if it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        kind = "ROCm" if torch.version.hip is not None else device.type
+        return f"it is compiled for CUDA, not for {kind}"
+    if dtype not in _DTYPES:
+        return f"it is compiled for float32, bfloat16 and float16, not for {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return f"it needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return _native.load("cuda")
+
+
+@cache
+def _operator(name: str) -> Callable[..., Any]:
+    overload = getattr(torch.ops.shifcon_fast_cuda, name).default
+    operator: Callable[..., Any] = getattr(overload, "_op", overload)
+    return operator
+
+
+def forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Return x′, contiguous, in x's dtype."""
+    moved: Tensor = _operator("subspace_project")(x, mean, basis, source, target)
+    return moved
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    basis: Tensor,
+    source: Tensor,
+    target: Tensor,
+    need_x: bool,
+    need_mean: bool,
+    need_basis: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x (its dtype), mean and basis (float32); x is only there when the basis needs it."""
+    needs = (need_x, need_mean, need_basis)
+    found = iter(_operator("subspace_project_backward")(grad, x, mean, basis, source, target, *needs))
+    grad_x, grad_mean, grad_basis = (next(found) if needed else None for needed in needs)
+    return grad_x, grad_mean, grad_basis
