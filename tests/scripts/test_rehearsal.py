@@ -17,7 +17,16 @@ GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 def test_tests_for_the_device(rehearsed: bool) -> None:
     """Without a rehearsal and without a device every test is collected, and skipped with the reason."""
     environment = {**os.environ, "SHIFCON_REHEARSE": str(int(rehearsed)), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-rs", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--import-mode=importlib",
+        "-rs",
+        "--tb=short",
+        "-o",
+        "addopts=",
+    ]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", str(GPU_TESTS)],
         env={name: value for name, value in environment.items() if not name.startswith("PYTEST_")},
