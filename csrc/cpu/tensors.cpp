@@ -88,7 +88,7 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
     stride *= shape[dim] > 1 ? shape[dim] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(dims), shape.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0,
       &handle));
