@@ -33,7 +33,7 @@ SHIFCON_FLAT float inverse_length(const T* x, int64_t width) {
     for_each_vector(width, [&](int64_t from, int64_t count) { nothing += load_lanes(x + from, count) * 0.0f; });
     return sum(nothing);
   }
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(total)));  // its error would reach every product
+  return 1.0f / std::sqrt(total);
 }
 
 template <class T>
