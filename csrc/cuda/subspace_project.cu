@@ -8,12 +8,13 @@
 // 3. expand: x' = coefficients V_tᵀ + mean_t.
 //
 // Traffic (derived, not measured). The second half does not need x: its rows stream through once and the result
-// streams out once, without either having to fit into shared memory, so 128 rows share a tile. With T rows of d numbers
-// of b bytes and rank k, device memory moves 2 T d b bytes for x and x'. The coefficients add 4 T k bytes a split, which
-// are written, and read again d / 512 times, from L2 where they fit. V_t, d k b bytes, lives in L2 and is read twice a
-// tile of 128 rows: T/128 x 2 d k b, k/128 of what x and x' move. (Tiles of 16 rows, which is what shared memory holds
-// at d = 4096 in 16 bits, would read k/16 of it: four times as much as x and x' at k = 64.) Tensor cores: 4 T d k
-// operations, 2 k / b per byte of x and x', below what a GPU computes per byte it moves until k is several hundred.
+// streams out once, without either having to fit into shared memory, so 128 rows share a tile. With T rows of d
+// numbers of b bytes and rank k, device memory moves 2 T d b bytes for x and x'. The coefficients add 4 T k bytes a
+// split, which are written, and read again d / 512 times, from L2 where they fit. V_t, d k b bytes, lives in L2 and is
+// read twice a tile of 128 rows: T/128 x 2 d k b, k/128 of what x and x' move. (Tiles of 16 rows, which is what shared
+// memory holds at d = 4096 in 16 bits, would read k/16 of it: four times as much as x and x' at k = 64.) Tensor cores:
+// 4 T d k operations, 2 k / b per byte of x and x', below what a GPU computes per byte it moves until k is several
+// hundred.
 //
 // Rounding (16 bits). x is exact; c is formed in float32 from float32 means and rounded once; V is rounded to x's
 // dtype; the coefficients are summed in float32 and rounded once; the result is rounded once, after the mean is added.
@@ -194,7 +195,8 @@ void expand(const Problem& p, const Rows& rows, bool with_mean, const Coefficien
             const Tensor& result, void* stream) {
     const float* const mean = with_mean ? static_cast<const float*>(p.mean.data_ptr()) : nullptr;
     expand(p.element,
-           {p.groups, rows, mean, p.basis.data_ptr(), p.hidden, 0, 0, coefficients, result.data_ptr()}, p.tiles, stream);
+           {p.groups, rows, mean, p.basis.data_ptr(), p.hidden, 0, 0, coefficients, result.data_ptr()}, p.tiles,
+           stream);
 }
 
 Tensor new_like(const Tensor& x, ScalarType type) { return torch::stable::new_empty(x, x.sizes(), type); }

@@ -1,0 +1,128 @@
+"""The CUDA sources compiled for three architectures, none of which is needed, against the committed table.
+
+After a deliberate change: ``python scripts/cuda_resources.py --json tests/native/cuda_resources.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_name("cuda_resources.json")
+Row = dict[str, Any]
+
+
+def script() -> ModuleType:
+    if "cuda_resources" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "cuda_resources", REPOSITORY / "scripts/cuda_resources.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["cuda_resources"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["cuda_resources"])
+    return sys.modules["cuda_resources"]
+
+
+@pytest.fixture
+def needs_nvcc() -> None:
+    if script().ninja_build().find_toolchain().nvcc is None:
+        pytest.skip(
+            "no nvcc on the PATH or in CUDA_HOME; install the CUDA toolkit to compile the CUDA sources"
+        )
+
+
+def by_kernel(rows: list[Row]) -> dict[tuple[str, str], Row]:
+    return {(row["kernel"], row["architecture"]): row for row in rows}
+
+
+@pytest.mark.usefixtures("needs_nvcc")
+def test_what_nvcc_makes_of_every_kernel() -> None:
+    committed = by_kernel(json.loads(TABLE.read_text(encoding="utf-8")))
+    rows = script().compile_all()
+    compiled = by_kernel(rows)
+    assert len(compiled) == len(rows)
+    assert {architecture for _, architecture in compiled} == {"sm_80", "sm_90", "sm_100"}
+    assert compiled.keys() == committed.keys()
+    assert [kernel for kernel, row in compiled.items() if row["spills"] or row["stack"]] == []
+    for what in ("registers", "shared"):
+        above = {
+            kernel: f"{row[what]} > {committed[kernel][what]}"
+            for kernel, row in compiled.items()
+            if row[what] > committed[kernel][what]
+        }
+        assert above == {}, what
+
+
+def test_the_table_holds_every_kernel_without_spills() -> None:
+    """Needs no compiler: what is committed is whole."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))
+    assert [row for row in rows if row["spills"] or row["stack"]] == []
+    named = {re.sub(r"<.*", "", row["kernel"]) for row in rows}
+    written = set()
+    for source in (REPOSITORY / "csrc/cuda").glob("*.cu*"):
+        written |= set(
+            re.findall(r"^SHIFCON_KERNEL\(.*?\) (\w+)\(", source.read_text(encoding="utf-8"), re.M)
+        )
+    assert named == written
+    assert len(written) > 5
+
+
+def test_reports_are_read_and_unknown_words_refused() -> None:
+    report = (
+        "ptxas info    : Compiling entry function "
+        "'_ZN7shifcon10expand_mmaINS_7Float16ELi8EEEvNS_15ExpandArgumentsE' for 'sm_90'\n"
+        "ptxas info    : Function properties for _ZN7shifcon10expand_mma\n"
+        "    568 bytes stack frame, 604 bytes spill stores, 920 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem\n"
+    )
+    assert script().parse(report) == [
+        {
+            "kernel": "expand_mma<Float16, 8>",
+            "architecture": "sm_90",
+            "registers": 168,
+            "spills": 1524,
+            "stack": 568,
+            "shared": 1024,
+        }
+    ]
+    with pytest.raises(RuntimeError, match="words that are not known"):
+        script().parse(report.replace("spill stores", "spilled"))
+
+
+# Symbols of the shared libraries that every machine has; PyTorch's are the C shim's alone.
+SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^(_ITM_\w+|__gmon_start__|__cxa_finalize)$")
+SHIM = re.compile(r"^(aoti_torch|torch)_\w+$")
+
+
+@pytest.mark.usefixtures("needs_nvcc")
+def test_the_library_needs_nothing_but_the_stable_abi(tmp_path: Path) -> None:
+    """It links without a PyTorch for CUDA, and asks PyTorch for functions of the C shim only, CUDA for none."""
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no nm or readelf on the PATH; install binutils to look into the library")
+    build = script().ninja_build()
+    toolchain, library = build.find_toolchain(), tmp_path / "cuda.abi3.so"
+    build.build_cuda(toolchain, library, tmp_path / "objects")
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    )
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    unknown = [symbol for symbol in symbols if not SYSTEM.search(symbol) and not SHIM.match(symbol)]
+    assert unknown == []
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    dynamic = subprocess.run(
+        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
+    assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= needed
+    assert not any(name.startswith(("libcuda", "libc10", "libtorch_python", "libpython")) for name in needed)
