@@ -22,10 +22,13 @@ from pathlib import Path
 from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TESTS = ("tests/contract", "tests/native/test_norm.py", "tests/native/test_pooling.py")
+TESTS = (
+    "tests/contract",
+    *(f"tests/native/test_{name}.py" for name in ("norm", "pooling", "contrastive", "projection")),
+)
 
 # Shapes stay small: those that are about sizes, memory or speed show no access that a small one does not.
-SMALL = "not long_rows and not hidden_sizes and not attached and not one_graph and not memory"
+SMALL = "not long_rows and not hidden_sizes and not attached and not one_graph and not memory and not exponentials"
 
 _FLAGS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
