@@ -74,7 +74,7 @@ def test_the_device_tests_on_the_emulator(library: Path, seed: int, processors: 
         "OMP_NUM_THREADS": "1",
     }
     tests = REPOSITORY / "tests/gpu/test_subspace_project.py"
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "--tb=short"]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", str(tests)],
         env=environment,
