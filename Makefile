@@ -1,5 +1,6 @@
 # make demo   create the environment, build what there is to build, run the whole method on a generated world
 # make test   create the environment if it is not there, check style and types, run the tests
+# make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc")
 
-.PHONY: demo test lint aot format clean lock
+.PHONY: demo test lint sanitize aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -24,6 +25,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(VENV)/.ready
+	$(BIN)/python scripts/sanitize.py address
+	$(BIN)/python scripts/sanitize.py thread
+
 # Registers, spills, shared memory and access widths of every kernel variant; no GPU needed.
 aot: $(VENV)/.ready
 	$(BIN)/python scripts/aot.py
@@ -35,7 +40,7 @@ format: $(VENV)/.ready
 # torch first and by its pin: a range would resolve to the newest CUDA build, and an isolated build would fetch it again.
 $(VENV)/.ready: $(INPUTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools wheel ninja torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools ninja torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock \
 		--no-build-isolation --editable '.[test]'
 	@touch $@
@@ -45,4 +50,4 @@ lock:
 	$(BIN)/python -m pip freeze --exclude-editable --all | grep -viE '^(pip|shifcon)' | sed 's/+cpu$$//' > requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache $(DEMO)
+	rm -rf $(VENV) build dist shifcon_fast/_native/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache $(DEMO)

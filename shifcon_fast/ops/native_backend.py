@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shifcon_fast import _native
+from shifcon_fast.ops import native_cuda
 from shifcon_fast.ops.registry import register_backend
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -109,7 +110,14 @@ register_backend(
 )
 
 
+def projection_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The projection is compiled for CUDA, too."""
+    return (native_cuda.unavailable if device.type == "cuda" else unavailable)(device, dtype)
+
+
 def projection_forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    if x.is_cuda:
+        return native_cuda.forward(x, mean, basis, source, target)
     moved: Tensor = _operator("subspace_project")(x, mean, basis, source, target)
     return moved
 
@@ -126,6 +134,8 @@ def projection_backward(
     need_basis: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs = (need_x, need_mean, need_basis)
+    if grad.is_cuda:
+        return native_cuda.backward(grad, x, mean, basis, source, target, *needs)
     found = iter(_operator("subspace_project_backward")(grad, x, mean, basis, source, target, *needs))
     grad_x, grad_mean, grad_basis = (next(found) if needed else None for needed in needs)
     return grad_x, grad_mean, grad_basis
@@ -136,7 +146,7 @@ register_backend(
     "native",
     forward=projection_forward,
     backward=projection_backward,
-    unavailable=unavailable,
+    unavailable=projection_unavailable,
     checks_arguments=True,
     calls_torch=False,
 )
