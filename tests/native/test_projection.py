@@ -156,15 +156,13 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
         (mean.half().T.contiguous().T, basis.bfloat16().mT.contiguous().mT),
     ]
     for view, of_tables in itertools.product(views, tables):
-        dense = [table.contiguous() for table in of_tables]
+        dense = (of_tables[0].contiguous(), of_tables[1].contiguous())
         ids = (source.T.contiguous().T, target.int())
         ours = forward(view(x), *of_tables, ids[0], ids[1].long())
         assert ours.is_contiguous()
         assert torch.equal(ours, forward(view(x).contiguous(), *dense, source, target))
         found = backward(view(grad), view(x), of_tables, ids)
-        expected = backward(
-            view(grad).contiguous(), view(x).contiguous(), (dense[0], dense[1]), (source, target)
-        )
+        expected = backward(view(grad).contiguous(), view(x).contiguous(), dense, (source, target))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
 
