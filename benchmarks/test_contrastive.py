@@ -114,7 +114,9 @@ def test_loss_forward_and_backward(
             a, b = torch.randn(2, problems, min(count, 1024), hidden, device=device).to(dtype)
             torch.testing.assert_close(function(a, b).float(), expected(a, b).float(), rtol=2e-2, atol=2e-2)
         name = f"{problems}x{count}x{hidden} {dtype}".replace("torch.", "")
-        measure(calls, case=f"info_nce forward + backward {name}", peer=peer)
+        # S, and one product as large for each gradient: what a peer needs that keeps S.
+        flops = 6 * problems * count**2 * hidden
+        measure(calls, case=f"info_nce forward + backward {name}", peer=peer, flops=flops, dtype=dtype)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip(f"{peer} runs out of memory")
@@ -134,4 +136,6 @@ def test_products_of_tiles_or_of_the_library(
         monkeypatch.setattr(torch, "bmm", partial(torch.bmm, out_dtype=torch.float32))
     a, b = torch.randn(2, 1, count, 2048, device=device).bfloat16()
     calls = [lambda: kernels.forward(a, b, SCALE, True, False)]
-    measure(calls, case=f"info_nce forward, bf16, 1x{count}x2048", peer=f"products by {product}")
+    case = f"info_nce forward, bf16, 1x{count}x2048"
+    flops = 2 * count**2 * 2048
+    measure(calls, case=case, peer=f"products by {product}", flops=flops, dtype=torch.bfloat16)
