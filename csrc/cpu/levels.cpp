@@ -12,6 +12,7 @@ Level best_of_this_machine() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Level::avx512_bf16;
   if (avx2 && avx512) return Level::avx512;
   if (avx2) return Level::avx2;  // every processor with AVX2 converts float16 as well (F16C)
 #endif
@@ -25,6 +26,7 @@ Level chosen() {
   Level level = best;
   if (std::strcmp(asked, "baseline") == 0) level = Level::baseline;
   if (std::strcmp(asked, "avx2") == 0) level = Level::avx2;
+  if (std::strcmp(asked, "avx512") == 0) level = Level::avx512;
   return level < best ? level : best;
 }
 

@@ -2,6 +2,9 @@
 //
 // A kernel `void name(const Arguments&, int64_t begin, int64_t end)` is compiled once per level, in the namespace
 // shifcon::<level>. SHIFCON_KERNEL declares all of them; SHIFCON_PICK gives the one for this machine.
+//
+// avx512_bf16 runs the kernels of avx512. Those that multiply bfloat16 numbers are told, in their arguments, that they
+// may use its instruction (kernels/pairs.h).
 
 #pragma once
 
@@ -9,7 +12,7 @@
 
 namespace shifcon {
 
-enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 #ifdef SHIFCON_HAS_AVX512
 #define SHIFCON_KERNEL(name, Arguments)                                                       \
@@ -25,12 +28,13 @@ enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2 };
 #endif
 
 // The best level of this machine, or a lower one named by the environment variable SHIFCON_CPU_LEVEL
-// ("baseline", "avx2", "avx512"), read once.
+// ("baseline", "avx2", "avx512", "avx512_bf16"), read once.
 Level level();
 
 template <class Function>
 Function* pick(Function* baseline, Function* avx2, Function* avx512) {
   switch (level()) {
+    case Level::avx512_bf16:
     case Level::avx512: return avx512;
     case Level::avx2: return avx2;
     default: return baseline;

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("baseline", "AVX2", "AVX-512")
+LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 with BF16")
 
 _HOW_TO_BUILD = {
     "cpu": "for it, where g++, ninja and setuptools >= 77 are, run `pip install --no-build-isolation --no-deps "

@@ -17,8 +17,12 @@ import torch
 from shifcon_fast import _native
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LEVELS = ("baseline", "avx2", "avx512")
-NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+NEEDS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+}
 
 # One case per operator, dtype and kind of length; tests/contract as a whole runs at the best level.
 SMALL = "test_values_and_gradient and (7 or 300) or test_loss and 33 or test_similarity and shape0 or index_per_row"
@@ -33,7 +37,7 @@ def best_level() -> int:
     about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = set(next(line for line in about.splitlines() if line.startswith("flags")).split())
     best = 0
-    while best < 2 and NEEDS[LEVELS[best + 1]] <= flags:
+    while best < len(LEVELS) - 1 and NEEDS[LEVELS[best + 1]] <= flags:
         best += 1
     return best
 

@@ -1,7 +1,7 @@
 // Products of small float32 matrices, from panels that a thread keeps in its cache.
 //
 // A panel is a row-major block in float32, widened from rows of any dtype and stride by widen_panel; its rows are
-// zero-padded to whole vectors and lie panel_stride apart. Two products:
+// zero-padded to whole vectors and lie panel_stride apart. Panels of pairs of bfloat16 numbers: pairs.h. Two products:
 //
 //   dot_product   C = A Bᵀ (or +=)     vectors run along the depth: neither side is transposed. For rows times rows.
 //   multiply      A B                  vectors run along the columns of B, numbers of A are broadcast; every vector of
@@ -75,6 +75,9 @@ SHIFCON_INLINE void widen_panel(const Rows& x, int64_t row, int64_t count, int64
   widen_panel<T>(x, row, count, column, width, panel, panel_rows_apart, [](Vector v, int64_t, int64_t) { return v; });
 }
 
+// total + left right, for numbers of a panel.
+SHIFCON_INLINE Vector add_product(Vector total, Vector left, Vector right, float) { return total + left * right; }
+
 // --- C = A Bᵀ
 
 // The lanes of x where the bit kHalf of the lane's number is clear, of y elsewhere, each plus its partner kHalf away.
@@ -110,8 +113,8 @@ SHIFCON_INLINE Vector lane_sums(Vector* v) {
   }
 }
 
-template <int kRows, int kColumns>
-SHIFCON_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+template <int kRows, int kColumns, class Number>
+SHIFCON_INLINE void dot_tile(const Number* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t depth,
                              float* c, int64_t c_stride, bool accumulate) {
   constexpr int kCount = kRows * kColumns, kRounded = (kCount + kLanes - 1) / kLanes * kLanes;
   Vector total[kRounded] = {};
@@ -120,7 +123,10 @@ SHIFCON_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, i
     for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * b_stride + at);
     for (int i = 0; i < kRows; ++i) {
       const Vector left = load(a + i * a_stride + at);
-      for (int j = 0; j < kColumns; ++j) total[i * kColumns + j] += left * right[j];
+      for (int j = 0; j < kColumns; ++j) {
+        Vector& sum = total[i * kColumns + j];
+        sum = add_product(sum, left, right[j], Number{});
+      }
     }
   }
   float sums[kRounded];
@@ -133,8 +139,8 @@ SHIFCON_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, i
   }
 }
 
-template <int kRows>
-SHIFCON_INLINE void dot_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t columns,
+template <int kRows, class Number>
+SHIFCON_INLINE void dot_rows(const Number* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t columns,
                              int64_t depth, float* c, int64_t c_stride, bool accumulate) {
   int64_t j = 0;
   for (; j + kDotColumns <= columns; j += kDotColumns)
@@ -144,7 +150,8 @@ SHIFCON_INLINE void dot_rows(const float* a, int64_t a_stride, const float* b, i
 }
 
 // C (rows × columns) = A Bᵀ, or C += A Bᵀ; A (rows × depth) and B (columns × depth) are panels.
-SHIFCON_INLINE void dot_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+template <class Number>
+SHIFCON_INLINE void dot_product(const Number* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t rows,
                                 int64_t columns, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
   int64_t i = 0;
   for (; i + kDotRows <= rows; i += kDotRows)
@@ -155,8 +162,8 @@ SHIFCON_INLINE void dot_product(const float* a, int64_t a_stride, const float* b
 
 // --- A B
 
-template <int kRows, int kVectors, class Finish>
-SHIFCON_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_stride,
+template <int kRows, int kVectors, class Number, class Finish>
+SHIFCON_INLINE void multiply_tile(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                                   int64_t depth, int64_t row, int64_t column, Finish&& finish) {
   Vector total[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -164,17 +171,20 @@ SHIFCON_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_depth
     for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kLanes);
     for (int i = 0; i < kRows; ++i) {
       const Vector left = broadcast(a[i * a_row]);
-      for (int j = 0; j < kVectors; ++j) total[i][j] += left * right[j];
+      for (int j = 0; j < kVectors; ++j) total[i][j] = add_product(total[i][j], left, right[j], Number{});
     }
     a += a_depth;
     b += b_stride;
   }
+  // Left to itself, GCC keeps this a loop at times, and the whole tile in memory for it.
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) finish(row + i, column + j * kLanes, total[i][j]);
 }
 
-template <int kVectors, class Finish>
-SHIFCON_INLINE void multiply_strip(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_stride,
+template <int kVectors, class Number, class Finish>
+SHIFCON_INLINE void multiply_strip(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                                    int64_t rows, int64_t depth, int64_t column, Finish&& finish) {
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows)
@@ -186,8 +196,8 @@ SHIFCON_INLINE void multiply_strip(const float* a, int64_t a_row, int64_t a_dept
 
 // finish(row, column, vector) for every vector of A B. A(i, k) = a[i · a_row + k · a_depth]: a panel, or a transposed
 // one; B (depth × columns) is a panel.
-template <class Finish>
-SHIFCON_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_stride,
+template <class Number, class Finish>
+SHIFCON_INLINE void multiply(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                              int64_t rows, int64_t columns, int64_t depth, Finish&& finish) {
   constexpr int64_t kStrip = kTileVectors * kLanes;
   int64_t column = 0;
@@ -198,7 +208,8 @@ SHIFCON_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, con
 }
 
 // A B into a panel, or added to it.
-SHIFCON_INLINE void multiply_into(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_stride,
+template <class Number>
+SHIFCON_INLINE void multiply_into(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                                   int64_t rows, int64_t columns, int64_t depth, float* c, int64_t c_stride,
                                   bool accumulate) {
   multiply(a, a_row, a_depth, b, b_stride, rows, columns, depth, [&](int64_t row, int64_t column, Vector v) {
