@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 with BF16")
+# What SHIFCON_CPU_LEVEL may ask for, and what it is called; in the order of csrc/cpu/levels.h.
+LEVELS = {
+    "baseline": "baseline",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512 with BF16",
+}
 
 _HOW_TO_BUILD = {
     "cpu": "for it, where g++, ninja and setuptools >= 77 are, run `pip install --no-build-isolation --no-deps "
@@ -45,6 +51,9 @@ def load(library: str) -> str | None:
     """Load ``library`` ("cpu" or "cuda"); return why it cannot be used, or ``None`` when it can."""
     if library == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA; install a torch that is"
+    level = os.environ.get("SHIFCON_CPU_LEVEL", "baseline")
+    if library == "cpu" and level not in LEVELS:
+        return f"SHIFCON_CPU_LEVEL: got {level!r}; wanted one of {', '.join(LEVELS)}, or no such variable"
     found = _file_of(library)
     if found is None:
         return f"it was installed without the compiled extension ({library}); {_HOW_TO_BUILD[library]}"
@@ -67,4 +76,4 @@ def load(library: str) -> str | None:
 
 def cpu_level() -> str | None:
     """The vector instructions that the CPU kernels use here; ``None`` without the CPU library."""
-    return None if load("cpu") is not None else LEVELS[torch.ops.shifcon_fast_cpu.level()]
+    return None if load("cpu") is not None else list(LEVELS.values())[torch.ops.shifcon_fast_cpu.level()]

@@ -51,6 +51,20 @@ def test_this_process_runs_the_level_that_it_should() -> None:
     assert torch.ops.shifcon_fast_cpu.level() == min(best_level(), LEVELS.index(asked))
 
 
+def test_an_unknown_level_is_a_reason_not_to_run() -> None:
+    code = "from shifcon_fast import _native; print(_native.load('cpu')); print(_native.cpu_level())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SHIFCON_CPU_LEVEL": "avx-2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason, level = result.stdout.splitlines()
+    assert reason.startswith("SHIFCON_CPU_LEVEL: got 'avx-2'; wanted one of baseline, avx2, avx512,")
+    assert level == "None"
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_keeps_the_contract(level: str) -> None:
     problem = _native.load("cpu")
