@@ -19,6 +19,7 @@ PreparedPair checked_pair(const Tensor& a, const Tensor& b, double scale) {
   p.problems = a.size(0);
   p.rows_a = a.size(1);
   p.rows_b = b.size(1);
+  p.pairs = p.a.dtype == Dtype::bfloat16 && level() == Level::avx512_bf16;
   return prepared;
 }
 

@@ -16,6 +16,7 @@ struct UnitPair {
   float* inverse_a;  // 1 / ‖a‖ of every row, 0 for a zero row; null where not normalised
   float* inverse_b;
   float* offset;  // mean(u) - mean(v), (L, d); null where not re-centred
+  bool pairs;     // rows of bfloat16 are multiplied as they are, by AVX512-BF16, where they are not re-centred
 };
 
 // Gradients from W = ∂L/∂(u b′ᵀ):   ∂L/∂b′ = Wᵀ u,   total = Σ_i (Σ_j W_ij) u_i,

@@ -2,11 +2,17 @@
 //
 // A product of raw rows is scaled by their inverse lengths afterwards: no partial sum exceeds ‖a‖ ‖b‖, which is finite
 // where both lengths are. Re-centred rows are formed before the product, where their offset may cancel.
+//
+// Products of bfloat16 numbers are exact in float32, so raw rows of them go into u b′ᵀ unwidened where the processor
+// multiplies pairs: the same float32 sums, but for denormals.
 
 #pragma once
 
+#include <type_traits>
+
 #include "../unit_rows.h"
 #include "gemm.h"
+#include "pairs.h"
 
 #define SHIFCON_NOINLINE static __attribute__((noinline)) SHIFCON_FLAT
 
@@ -72,11 +78,54 @@ SHIFCON_NOINLINE void add_products(const float* left, const float* right, int64_
   dot_product(left, stride, right, stride, rows, columns, depth, to, kTileStride, accumulate);
 }
 
+// Rows as panels of pairs. A row whose length is zero, or overflows, is zero.
+SHIFCON_NOINLINE void pack_rows(const Rows& x, const float* inverse, int64_t row, int64_t count, int64_t column,
+                                int64_t width, float* panel, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(panel + i * stride);
+    const BFloat16* from = static_cast<const BFloat16*>(x.data) + offset_of(x, row + i) + column * x.width_stride;
+    const int64_t filled = inverse && inverse[row + i] == 0 ? 0 : width;
+    if (x.width_stride == 1) {
+      __builtin_memcpy(to, from, static_cast<size_t>(filled) * sizeof *to);
+    } else {
+      for (int64_t at = 0; at < filled; ++at) to[at] = from[at * x.width_stride];
+    }
+    for (int64_t at = filled; at < 2 * padded(pairs_of(width)); ++at) to[at] = BFloat16{};
+  }
+}
+
+template <class Number>
+SHIFCON_NOINLINE void add_products_of_pairs(const float* left, const float* right, int64_t stride, int64_t rows,
+                                            int64_t columns, int64_t depth, float* to, bool accumulate) {
+  dot_product(reinterpret_cast<const Number*>(left), stride, reinterpret_cast<const Number*>(right), stride, rows,
+              columns, depth, to, kTileStride, accumulate);
+}
+
+// product_tile, of rows of bfloat16 that are not re-centred. Number: Pair.
+template <class Number>
+SHIFCON_INLINE void product_tile_of_pairs(const UnitPair& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                          const TileScratch& scratch) {
+  const int64_t width = p.a.width;
+  int64_t at = 0;
+  do {
+    const int64_t held = width - at < 2 * kDepthBlock ? width - at : 2 * kDepthBlock, depth = pairs_of(held);
+    const int64_t stride = panel_stride(depth);
+    pack_rows(p.a, p.inverse_a, row, rows, at, held, scratch.left.get(), stride);
+    pack_rows(p.b, p.inverse_b, column, columns, at, held, scratch.right.get(), stride);
+    add_products_of_pairs<Number>(scratch.left.get(), scratch.right.get(), stride, rows, columns, depth,
+                                  scratch.product.get(), at > 0);
+    at += held;
+  } while (at < width);
+}
+
 // One tile of u b′ᵀ into scratch.product, for `rows` rows of a from `row` and `columns` rows of b from `column`, both
 // counted over all problems. What lies beside the tile is undefined.
 template <class T>
 SHIFCON_INLINE void product_tile(const UnitPair& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
                                  const TileScratch& scratch) {
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
+    if (p.pairs && p.offset == nullptr) return product_tile_of_pairs<Pair>(p, row, rows, column, columns, scratch);
+  }
   const int64_t width = p.a.width;
   float* product = scratch.product.get();
   int64_t at = 0;
