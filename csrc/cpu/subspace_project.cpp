@@ -67,7 +67,10 @@ Groups group(const Ids& source, const Ids& target, int64_t rows, int64_t languag
     std::fill(next.begin(), next.end(), 0);
     for (int64_t id = 0; id < source.count; ++id) ++next[static_cast<size_t>(key(id) + 2)];
     for (size_t language = 1; language < next.size(); ++language) next[language] += next[language - 1];
-    for (int64_t i = 0; i < source.count; ++i) sorted[static_cast<size_t>(next[static_cast<size_t>(key(item(i)) + 1)]++)] = item(i);
+    for (int64_t i = 0; i < source.count; ++i) {
+      int64_t& place = next[static_cast<size_t>(key(item(i)) + 1)];
+      sorted[static_cast<size_t>(place++)] = item(i);
+    }
   };
   sort([&](int64_t id) { return id_at(source, id); }, [](int64_t i) { return i; }, by_source);
   sort([&](int64_t id) { return group_of(source, target, id); },
@@ -144,6 +147,8 @@ void project_all(const Projection& p, const Groups& groups) {
   project(p, std::move(panels), rows);
 }
 
+bool in_pairs(const Rows& x) { return x.dtype == Dtype::bfloat16 && level() == Level::avx512_bf16; }
+
 struct Arguments {
   OptionalTensor kept[5];
   Rows mean;
@@ -168,6 +173,7 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& basis, const T
   Projection p = {};
   p.x = rows_of(x, "x", arguments.kept[3]);
   STD_TORCH_CHECK(p.x.dtype != Dtype::float64, "x: float64 is for the reference backend");
+  p.pairs = in_pairs(p.x);
   p.mean = arguments.mean;
   p.basis = arguments.basis;
   p.source = arguments.source;
@@ -272,6 +278,7 @@ std::vector<Tensor> backward(const Tensor& grad, OptionalTensor x, const Tensor&
   Projection p = {};
   p.x = rows_of(grad, "grad", arguments.kept[3]);
   STD_TORCH_CHECK(p.x.dtype != Dtype::float64, "grad: float64 is for the reference backend");
+  p.pairs = in_pairs(p.x);
   p.basis = arguments.basis;
   p.source = arguments.source;
   Projection of_x = p;

@@ -28,6 +28,7 @@ struct Projection {
   Ids source;
   const int64_t* order;  // row numbers by target, then source language
   const Panel* panels;
+  bool pairs;      // x is bfloat16, and so are its products: level avx512_bf16
   void* out;       // contiguous, dtype of x
   float* scratch;  // of this thread: projection_scratch()
 };
@@ -65,7 +66,7 @@ constexpr int64_t kColumns = 64;      // columns of the result that are computed
 // Float32 numbers that a thread needs for panels of up to `rows` rows.
 inline int64_t projection_scratch(int64_t rows, int64_t rank) {
   return rows * (line_stride(rank) + line_stride(kPanelDepth)) + kBasisDepth * line_stride(rank) +
-         rank * line_stride(kColumns) + line_stride(rank);
+         rank * line_stride(kColumns);
 }
 
 SHIFCON_KERNEL(project_panels, Projection)              // over panels

@@ -19,7 +19,7 @@ from shifcon_fast.ops.reference import projection as reference
 if (_missing := _native.load("cpu")) is not None:
     pytest.skip(f"{_missing}; compile it with `pip install -e .`", allow_module_level=True)
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
     *((1, 0), (1, 1), (7, 0), (7, 1), (7, 3), (7, 7), (64, 3), (64, 16), (64, 64)),
@@ -77,19 +77,43 @@ def within_rule(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
+def plain(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """The formula in PyTorch, tables cast to the dtype of x, one language at a time."""
+    result = x.clone()
+    moves = (source >= 0) & (target >= 0)
+    for language in target[moves].unique().tolist():
+        rows = ((target == language) & moves).nonzero().squeeze(-1)
+        directions = basis[language].to(x.dtype)
+        centred = x[rows] - mean[source[rows]].to(x.dtype)
+        result[rows] = centred @ directions @ directions.T + mean[language].to(x.dtype)
+    return result
+
+
+def plain_gradient(grad: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    return plain(grad, basis.new_zeros(basis.shape[:2]), basis, source, target)
+
+
 def check(x: Tensor, grad: Tensor, tables: Tables, ids: Tables) -> None:
-    """Forward and all gradients by the rule; plain PyTorch is the reference backend."""
+    """Forward and all gradients by the rule.
+
+    Plain PyTorch is the reference backend, which multiplies in float32. Products of bfloat16 rows may be in
+    bfloat16; there it is the formula in that dtype.
+    """
     mean, basis = (table.double() for table in tables)
     exact = reference.forward(x.double(), mean, basis, *ids)
-    within_rule(forward(x, *tables, *ids), reference.forward(x, *tables, *ids), exact)
+    narrow = x.dtype == torch.bfloat16
+    usual = plain(x, *tables, *ids) if narrow else reference.forward(x, *tables, *ids)
+    within_rule(forward(x, *tables, *ids), usual, exact)
     found = backward(grad, x, tables, ids)
-    usual = reference.backward(grad, x, *tables, *ids, True, True, True)
+    usual_grads = list(reference.backward(grad, x, *tables, *ids, True, True, True))
+    if narrow:
+        usual_grads[0] = plain_gradient(grad, tables[1], *ids)
     oracle = reference.backward(grad.double(), x.double(), mean, basis, *ids, True, True, True)
-    for ours, plain, right in zip(found, usual, oracle, strict=True):
-        assert plain is not None
+    for ours, other, right in zip(found, usual_grads, oracle, strict=True):
+        assert other is not None
         assert right is not None
-        assert ours.dtype == plain.dtype
-        within_rule(ours, plain, right)
+        assert ours.dtype == other.dtype
+        within_rule(ours, other, right)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,6 +189,54 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
         expected = backward(view(grad).contiguous(), view(x).contiguous(), dense, (source, target))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("table", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "rank"), [(1, 1), (9, 33), (70, 37), (131, 16), (300, 100)])
+def test_no_layout_of_the_basis_changes_a_bit(
+    hidden: int, rank: int, dtype: torch.dtype, table: torch.dtype
+) -> None:
+    """By rows, by columns (torch.linalg.qr returns that), by language, apart, in part."""
+    mean, basis = torch.randn(3, hidden), torch.randn(3, hidden, rank).to(table)
+    x, grad = torch.randn(2, 50, hidden).to(dtype)
+    ids = (torch.randint(-1, 3, (50,)), torch.randint(-1, 3, (50,)))
+    layouts = [
+        basis.mT.contiguous().mT,
+        basis.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        basis.repeat_interleave(2, -1)[..., ::2],
+        basis.mT.repeat_interleave(3, -1)[..., ::3].mT,
+        torch.cat([basis, basis], -1)[..., rank:],
+    ]
+    expected = (forward(x, mean, basis, *ids), *backward(grad, x, (mean, basis), ids))
+    for layout in layouts:
+        found = (forward(x, mean, layout, *ids), *backward(grad, x, (mean, layout), ids))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+def test_bfloat16_products_where_the_level_says_so(table: torch.dtype) -> None:
+    """c, V and the coefficients are rounded once each at the level avx512_bf16, and not below it."""
+    mean, basis = languages(2, 300, 33)
+    basis = basis.to(table)
+    x = torch.randn(60, 300).bfloat16()
+    source, target = torch.randint(0, 2, (2, 60))
+
+    def projected(rows: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        directions = rounded(basis)[target]
+        coefficients = torch.einsum("nd,ndk->nk", rounded(rows), directions)
+        return torch.einsum("nk,ndk->nd", rounded(coefficients), directions)
+
+    for found, rows, shift in (
+        (forward(x, mean, basis, source, target), x - mean[source], mean[target]),
+        (backward(x, x, (mean, basis), (source, target))[0], x, torch.zeros(1)),
+    ):
+        pairs, wide = (
+            (found.double() - shift.double() - projected(rows, rounded)).norm()
+            for rounded in (lambda v: v.bfloat16().double(), lambda v: v.double())
+        )
+        assert (pairs < wide) == (LEVELS[torch.ops.shifcon_fast_cpu.level()] == "avx512_bf16")
 
 
 def test_ids_of_either_width_per_token_or_per_row_of_the_batch() -> None:

@@ -6,6 +6,10 @@
 // multiplied, because means are often much larger than what is left. ∂L/∂mean needs p only in sums over rows of the
 // same pair of languages, so the sums of g are projected instead of every row.
 //
+// Where the processor multiplies pairs of bfloat16 numbers (pairs.h), x′ and ∂L/∂x of bfloat16 rows are made of such
+// products: c (or g), V_t and the coefficients V_tᵀ c are rounded to bfloat16, once each. Panels hold either kind of
+// number, `Number` below.
+//
 // Every number is a sum in one order, whatever the panels and threads: long ones through partial sums.
 
 #include "subspace_project.h"
@@ -13,6 +17,7 @@
 #include <type_traits>
 
 #include "gemm.h"
+#include "pairs.h"
 #include "vector.h"
 
 namespace shifcon {
@@ -36,35 +41,11 @@ SHIFCON_INLINE Rows columns_of(const Rows& rows, int64_t begin, int64_t count) {
   return part;
 }
 
-// Row i of V_t in float32.
-SHIFCON_INLINE const float* basis_row(const Basis& basis, int64_t language, int64_t i, float* scratch) {
-  const int64_t offset = language * basis.language_stride + i * basis.row_stride;
-  switch (basis.dtype) {
-    case Dtype::float32: {
-      const float* from = static_cast<const float*>(basis.data) + offset;
-      if (basis.column_stride == 1) return from;
-      widen(from, basis.column_stride, basis.rank, scratch);
-      break;
-    }
-    case Dtype::bfloat16:
-      widen(static_cast<const BFloat16*>(basis.data) + offset, basis.column_stride, basis.rank, scratch);
-      break;
-    case Dtype::float16:
-      widen(static_cast<const Float16*>(basis.data) + offset, basis.column_stride, basis.rank, scratch);
-      break;
-    case Dtype::float64: {
-      const double* from = static_cast<const double*>(basis.data) + offset;
-      for (int64_t at = 0; at < basis.rank; ++at) scratch[at] = static_cast<float>(from[at * basis.column_stride]);
-      break;
-    }
-  }
-  return scratch;
-}
-
-// Compiled once, not for every dtype of x: everything it touches is float32.
+// Compiled once, not for every dtype of x: what it touches is in panels, or in a table.
 #define SHIFCON_ONCE static __attribute__((noinline)) SHIFCON_FLAT
 
-SHIFCON_ONCE void multiply_panels(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+template <class Number>
+SHIFCON_ONCE void multiply_panels(const Number* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t rows,
                                   int64_t columns, int64_t depth, float* to, bool accumulate) {
   multiply_into(a, a_stride, 1, b, b_stride, rows, columns, depth, to, b_stride, accumulate);
 }
@@ -79,29 +60,172 @@ SHIFCON_ONCE void add_transposed_product(const float* a, int64_t a_stride, const
   });
 }
 
-// What a thread works on, laid out in its scratch.
-struct Workspace {
-  float* coefficients;  // (rows, line_stride(k))
-  float* centred;       // (rows, line_stride(kPanelDepth)): some columns of c
-  float* directions;    // (kBasisDepth, line_stride(k)): some rows of V
-  float* transposed;    // (k, line_stride(kColumns)): some columns of Vᵀ
-  float* row;           // (k): one row of V
+// --- panels of V
+
+template <class Number>
+constexpr bool kInPairs = std::is_same_v<Number, Pair>;
+// Numbers of a matrix, along the depth of a product, in one of a panel.
+template <class Number>
+constexpr int64_t kTerms = kInPairs<Number> ? 2 : 1;
+
+// A matrix in memory, any strides.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t depth, columns, depth_stride, column_stride;  // in elements
 };
 
-SHIFCON_INLINE Workspace workspace(float* scratch, int64_t rows, int64_t rank) {
-  Workspace w;
+// Rows [row, row + count) of V_t, and their transpose.
+SHIFCON_INLINE Matrix rows_of(const Basis& basis, int64_t language, int64_t row, int64_t count) {
+  const int64_t offset = language * basis.language_stride + row * basis.row_stride;
+  const void* data = static_cast<const char*>(basis.data) + offset * size_of(basis.dtype);
+  return {data, basis.dtype, count, basis.rank, basis.row_stride, basis.column_stride};
+}
+SHIFCON_INLINE Matrix transposed(const Matrix& m) {
+  return {m.data, m.dtype, m.columns, m.depth, m.column_stride, m.depth_stride};
+}
+
+template <class T>
+SHIFCON_INLINE Vector load_numbers(const T* from, int64_t stride, int64_t count) {
+  if constexpr (std::is_same_v<T, double>) {
+    float lanes[kLanes] = {};
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = static_cast<float>(from[lane * stride]);
+    return load(lanes);
+  } else {
+    return load_strided(from, stride, count);
+  }
+}
+
+// kTerms · kLanes numbers that follow each other (or the `count` of them that there are), for consecutive rows.
+template <class Number, class T>
+SHIFCON_INLINE Vector load_terms(const T* from, int64_t count) {
+  if constexpr (kInPairs<Number>) {
+    const Vector first = load_numbers(from, 1, smaller(count, kLanes));
+    const Vector second = count > kLanes ? load_numbers(from + kLanes, 1, count - kLanes) : Vector{};
+    return neighbours(first, second, Number{});
+  } else {
+    return load_numbers(from, 1, count);
+  }
+}
+
+// One step of a transpose: lanes of x whose number has the bit kHalf change places with those of y that have it not.
+template <int kHalf>
+SHIFCON_INLINE void exchange(Vector& x, Vector& y) {
+#if defined(__clang__)  // has no __builtin_shuffle
+  const Vector a = x, b = y;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    x[lane] = lane & kHalf ? b[lane ^ kHalf] : a[lane];
+    y[lane] = lane & kHalf ? b[lane] : a[lane ^ kHalf];
+  }
+#else
+  typedef int32_t Lanes __attribute__((vector_size(SHIFCON_VECTOR_BYTES)));
+  Lanes low, high;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int of_y = lane & kHalf ? static_cast<int>(kLanes) : 0;
+    low[lane] = of_y + (lane & ~kHalf);
+    high[lane] = of_y + (lane | kHalf);
+  }
+  const Vector a = x;
+  x = __builtin_shuffle(a, y, low);
+  y = __builtin_shuffle(a, y, high);
+#endif
+}
+
+// Lane j of v[i] becomes lane i of v[j].
+template <int kHalf = static_cast<int>(kLanes) / 2>
+SHIFCON_INLINE void transpose(Vector* v) {
+  if constexpr (kHalf > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & kHalf) == 0) exchange<kHalf>(v[i], v[i + kHalf]);
+    transpose<kHalf / 2>(v);
+  }
+}
+
+// A panel whose columns lie in memory one after the other: read along them, turned in registers.
+template <class Number, class T>
+SHIFCON_INLINE void pack_columns(const Matrix& m, const T* from, Number* to, int64_t stride) {
+  constexpr int64_t kDepth = kLanes * kTerms<Number>;
+  for (int64_t column = 0; column < m.columns; column += kLanes) {
+    const int64_t columns = smaller(kLanes, m.columns - column);
+    const T* first = from + column * m.column_stride;
+    Vector tile[kLanes];
+    int64_t at = 0;
+    for (; columns == kLanes && at + kDepth <= m.depth; at += kDepth) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load_terms<Number>(first + i * m.column_stride + at, kDepth);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) store(to + (at / kTerms<Number> + i) * stride + column, tile[i]);
+    }
+    for (; at < m.depth; at += kDepth) {
+      const int64_t depth = smaller(kDepth, m.depth - at);
+      for (int64_t i = 0; i < kLanes; ++i)
+        tile[i] = i < columns ? load_terms<Number>(first + i * m.column_stride + at, depth) : Vector{};
+      transpose(tile);
+      for (int64_t i = 0; i * kTerms<Number> < depth; ++i)
+        store(to + (at / kTerms<Number> + i) * stride + column, tile[i]);
+    }
+  }
+}
+
+// A panel whose rows do, or neither.
+template <class Number, class T>
+SHIFCON_INLINE void pack_rows(const Matrix& m, const T* from, Number* to, int64_t stride) {
+  for (int64_t row = 0; row < m.depth; row += kTerms<Number>, to += stride) {
+    const T* first = from + row * m.depth_stride;
+    for_each_vector(m.columns, [&](int64_t at, int64_t lanes) {
+      Vector v = load_numbers(first + at * m.column_stride, m.column_stride, lanes);
+      if constexpr (kInPairs<Number>) {
+        const T* second = first + m.depth_stride + at * m.column_stride;
+        v = paired(v, row + 1 < m.depth ? load_numbers(second, m.column_stride, lanes) : Vector{}, Number{});
+      }
+      store(to + at, v);
+    });
+  }
+}
+
+// m as a panel: what neither layout of V makes slow, and no layout changes.
+template <class Number>
+SHIFCON_ONCE void pack(const Matrix& m, Number* to, int64_t stride) {
+  const auto of = [&](const auto* from) {
+    if (m.depth_stride == 1 && m.column_stride != 1) pack_columns(m, from, to, stride);
+    else pack_rows(m, from, to, stride);
+  };
+  switch (m.dtype) {
+    case Dtype::float32: return of(static_cast<const float*>(m.data));
+    case Dtype::bfloat16: return of(static_cast<const BFloat16*>(m.data));
+    case Dtype::float16: return of(static_cast<const Float16*>(m.data));
+    case Dtype::float64: return of(static_cast<const double*>(m.data));
+  }
+}
+
+// --- panels of x
+
+// What a thread works on, laid out in its scratch.
+template <class Number>
+struct Workspace {
+  float* coefficients;  // (rows, line_stride(k))
+  Number* centred;      // (rows, line_stride(kPanelDepth)): some columns of c
+  Number* directions;   // (kBasisDepth, line_stride(k)): some rows of V
+  Number* transposed;   // (k, line_stride(kColumns)): some columns of Vᵀ
+};
+
+template <class Number>
+SHIFCON_INLINE Workspace<Number> workspace(float* scratch, int64_t rows, int64_t rank) {
+  static_assert(sizeof(Number) == sizeof(float), "projection_scratch() counts float32 numbers");
+  Workspace<Number> w;
   w.coefficients = scratch;
-  w.centred = w.coefficients + rows * line_stride(rank);
+  w.centred = reinterpret_cast<Number*>(w.coefficients + rows * line_stride(rank));
   w.directions = w.centred + rows * line_stride(kPanelDepth);
   w.transposed = w.directions + kBasisDepth * line_stride(rank);
-  w.row = w.transposed + rank * line_stride(kColumns);
   return w;
 }
 
 // Columns [column, column + count <= kPanelDepth) of c, or of x where there is no mean, for the rows order[begin ...).
-template <class T>
+template <class T, class To>
 SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t rows, int64_t column, int64_t count,
-                                 float* to, int64_t stride) {
+                                 To* to, int64_t stride) {
   const Rows x = columns_of(p.x, column, count);
   const Rows means = p.mean.data ? columns_of(p.mean, column, count) : Rows{};
   T x_scratch[kPanelDepth];
@@ -112,7 +236,8 @@ SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t row
     const int64_t row = p.order[begin + i];
     // Rows of a language lie anywhere: the hardware does not see the next one coming.
     if (i + kRowsAhead < rows && x.width_stride == 1) {
-      const char* ahead = static_cast<const char*>(x.data) + offset_of(x, p.order[begin + i + kRowsAhead]) * int64_t{sizeof(T)};
+      const int64_t offset = offset_of(x, p.order[begin + i + kRowsAhead]);
+      const char* ahead = static_cast<const char*>(x.data) + offset * int64_t{sizeof(T)};
       for (int64_t byte = 0; byte < count * int64_t{sizeof(T)}; byte += 64) __builtin_prefetch(ahead + byte);
     }
     const T* from = contiguous_row(x, row, x_scratch);
@@ -132,47 +257,41 @@ SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t row
 }
 
 // c V_t of some rows, (rows, line_stride(k)).
-template <class T>
-SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, const Workspace& w, float* coefficients) {
-  const int64_t width = p.x.width, rank = p.basis.rank, stride = line_stride(rank), rows = panel.end - panel.begin;
+template <class Number, class T>
+SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, const Workspace<Number>& w,
+                                      float* coefficients) {
   constexpr int64_t kStride = line_stride(kPanelDepth);
+  const int64_t width = p.x.width, rank = p.basis.rank, stride = line_stride(rank), rows = panel.end - panel.begin;
   for (int64_t column = 0; column < width; column += kPanelDepth) {
     const int64_t held = smaller(kPanelDepth, width - column);
-    centre_panel<T>(p, panel.begin, rows, column, held, w.centred, kStride);
-    for (int64_t at = 0; at < held; at += kBasisDepth) {
-      const int64_t depth = smaller(kBasisDepth, held - at);
-      for (int64_t i = 0; i < depth; ++i) {
-        const float* from = basis_row(p.basis, panel.language, column + at + i, w.row);
-        float* to = w.directions + i * stride;
-        for_each_vector(rank, [&](int64_t j, int64_t lanes) { store(to + j, load_lanes(from + j, lanes)); });
-      }
-      multiply_panels(w.centred + at, kStride, w.directions, stride, rows, rank, depth, coefficients, column + at > 0);
+    if constexpr (kInPairs<Number>) {
+      BFloat16* numbers = reinterpret_cast<BFloat16*>(w.centred);
+      centre_panel<T>(p, panel.begin, rows, column, held, numbers, 2 * kStride);
+      for (int64_t i = 0; held % 2 != 0 && i < rows; ++i) numbers[i * 2 * kStride + held] = {};
+    } else {
+      centre_panel<T>(p, panel.begin, rows, column, held, w.centred, kStride);
+    }
+    for (int64_t at = 0; at < held; at += kBasisDepth * kTerms<Number>) {
+      const int64_t count = smaller(kBasisDepth * kTerms<Number>, held - at);
+      pack(rows_of(p.basis, panel.language, column + at, count), w.directions, stride);
+      multiply_panels(w.centred + at / kTerms<Number>, kStride, w.directions, stride, rows, rank,
+                      (count + kTerms<Number> - 1) / kTerms<Number>, coefficients, column + at > 0);
     }
   }
 }
 
-// Columns [column, column + count <= kColumns) of V_tᵀ.
-SHIFCON_INLINE void transpose_basis(const Basis& basis, int64_t language, int64_t column, int64_t count,
-                                    const Workspace& w) {
-  constexpr int64_t kStride = line_stride(kColumns);
-  for (int64_t i = 0; i < padded(count); ++i) {
-    float* to = w.transposed + i;
-    if (i >= count) {
-      for (int64_t j = 0; j < basis.rank; ++j) to[j * kStride] = 0;
-      continue;
-    }
-    const float* from = basis_row(basis, language, column + i, w.row);
-    for (int64_t j = 0; j < basis.rank; ++j) to[j * kStride] = from[j];
-  }
-}
-
-template <class T>
+template <class Number, class T>
 SHIFCON_INLINE void project_panel(const Projection& p, const Panel& panel) {
-  const int64_t width = p.x.width, rank = p.basis.rank, rows = panel.end - panel.begin;
+  constexpr int64_t kStride = line_stride(kColumns);
+  const int64_t width = p.x.width, rank = p.basis.rank, rows = panel.end - panel.begin, stride = line_stride(rank);
   const int64_t* order = p.order + panel.begin;
   T* out = static_cast<T*>(p.out);
-  const Workspace w = workspace(p.scratch, rows, rank);
-  if (rank > 0) multiply_by_basis<T>(p, panel, w, w.coefficients);
+  const Workspace<Number> w = workspace<Number>(p.scratch, rows, rank);
+  if (rank > 0) multiply_by_basis<Number, T>(p, panel, w, w.coefficients);
+  Number* coefficients = reinterpret_cast<Number*>(w.coefficients);
+  if constexpr (kInPairs<Number>) {
+    for (int64_t i = 0; i < rows; ++i) round_to_pairs(w.coefficients + i * stride, rank, coefficients + i * stride);
+  }
   for (int64_t column = 0; column < width; column += kColumns) {
     const int64_t count = smaller(kColumns, width - column);
     float mean[kColumns] = {};
@@ -181,8 +300,8 @@ SHIFCON_INLINE void project_panel(const Projection& p, const Panel& panel) {
       const float* from = float_row(columns_of(p.mean, column, count), panel.language, mean_scratch);
       for (int64_t i = 0; i < count; ++i) mean[i] = from[i];
     }
-    transpose_basis(p.basis, panel.language, column, count, w);
-    multiply(w.coefficients, line_stride(rank), 1, w.transposed, line_stride(kColumns), rows, count, rank,
+    pack(transposed(rows_of(p.basis, panel.language, column, count)), w.transposed, kStride);
+    multiply(coefficients, stride, 1, w.transposed, kStride, rows, count, (rank + kTerms<Number> - 1) / kTerms<Number>,
              [&](int64_t row, int64_t at, Vector v) {
                store_lanes(out + order[row] * width + column + at, v + load(mean + at), smaller(kLanes, count - at));
              });
@@ -199,11 +318,11 @@ SHIFCON_INLINE void copy_panel(const Projection& p, const Panel& panel) {
   }
 }
 
-template <class T>
+template <class Number, class T>
 SHIFCON_FLAT void panels(const Projection& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (p.panels[i].language < 0) copy_panel<T>(p, p.panels[i]);
-    else project_panel<T>(p, p.panels[i]);
+    else project_panel<Number, T>(p, p.panels[i]);
   }
 }
 
@@ -253,9 +372,11 @@ SHIFCON_FLAT void basis_columns(const ProjectionBasis& p, int64_t first_block, i
       const int64_t rows = panel.end - panel.begin, at = panel.begin - p.x.panels[0].begin;
       float* total = p.grad_basis + (panel.language * width + column) * rank;
       centre_panel<T>(p.grad, panel.begin, rows, column, count, rows_of_block, kStride);
-      add_transposed_product(rows_of_block, kStride, p.x_coefficients + at * stride, stride, rows, count, rank, total);
+      add_transposed_product(rows_of_block, kStride, p.x_coefficients + at * stride, stride, rows, count, rank,
+                             total);
       centre_panel<T>(p.x, panel.begin, rows, column, count, rows_of_block, kStride);
-      add_transposed_product(rows_of_block, kStride, p.grad_coefficients + at * stride, stride, rows, count, rank, total);
+      add_transposed_product(rows_of_block, kStride, p.grad_coefficients + at * stride, stride, rows, count, rank,
+                             total);
     }
   }
 }
@@ -266,16 +387,17 @@ SHIFCON_FLAT void coefficients(const ProjectionBasis& p, int64_t begin, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     const Panel& panel = p.x.panels[i];
     const int64_t at = (panel.begin - p.x.panels[0].begin) * stride;
-    const Workspace w = workspace(p.x.scratch, panel.end - panel.begin, p.x.basis.rank);
-    multiply_by_basis<T>(p.x, panel, w, p.x_coefficients + at);
-    multiply_by_basis<T>(p.grad, panel, w, p.grad_coefficients + at);
+    const Workspace<float> w = workspace<float>(p.x.scratch, panel.end - panel.begin, p.x.basis.rank);
+    multiply_by_basis<float, T>(p.x, panel, w, p.x_coefficients + at);
+    multiply_by_basis<float, T>(p.grad, panel, w, p.grad_coefficients + at);
   }
 }
 
 }  // namespace
 
 void project_panels(const Projection& p, int64_t begin, int64_t end) {
-  with_dtype(p.x.dtype, [&](auto* type) { panels<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+  if (kHasPairs && p.pairs) return panels<std::conditional_t<kHasPairs, Pair, float>, BFloat16>(p, begin, end);
+  with_dtype(p.x.dtype, [&](auto* type) { panels<float, std::remove_pointer_t<decltype(type)>>(p, begin, end); });
 }
 
 void project_sums(const ProjectionMean& p, int64_t begin, int64_t end) {
