@@ -92,14 +92,18 @@ std::vector<Tensor> loss_gradient(const Tensor& grad, const Tensor& a, const Ten
   if (p.problems == 0 || results.empty()) return results;
 
   n.scale = static_cast<float>(scale);
-  std::vector<float> weight(p.problems);
-  const float factor = static_cast<float>(scale / (2.0 * static_cast<double>(p.rows_a)));
-  for (int64_t problem = 0; problem < p.problems; ++problem)
-    weight[problem] = static_cast<const float*>(grad.data_ptr())[problem * grad.stride(0)] * factor;
+  std::vector<float> weight(p.problems), share(p.problems);
+  const double part = 1 / (2.0 * static_cast<double>(p.rows_a));
+  for (int64_t problem = 0; problem < p.problems; ++problem) {
+    const float above = static_cast<const float*>(grad.data_ptr())[problem * grad.stride(0)];
+    weight[problem] = above * static_cast<float>(scale * part);
+    share[problem] = above * static_cast<float>(part);
+  }
   n.weight = weight.data();
+  n.share = share.data();
 
   const int64_t count = p.rows_a, threads = torch::stable::get_num_threads();
-  if (count <= kTile && (p.problems >= threads || gradient_tasks(n.gradient) <= p.problems)) {
+  if (count <= kTile && p.problems >= threads) {
     auto* kernel = SHIFCON_PICK(nce_backward_whole);
     torch::stable::parallel_for(0, p.problems, grain_of_products(3 * count * count * p.a.width),
                                 [&](int64_t begin, int64_t end) { kernel(n, begin, end); });

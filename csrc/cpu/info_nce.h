@@ -20,6 +20,7 @@ struct NceBackward {
   PairGradient gradient;
   float scale;
   const float* weight;        // scale · ∂L/∂loss / (2 N), one per problem
+  const float* share;         // ∂L/∂loss / (2 N)
   const float* row_parts;     // (2, L, N): m, l
   const float* column_parts;
 };

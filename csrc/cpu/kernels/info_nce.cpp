@@ -145,8 +145,14 @@ void forward_stripes(const NceForward& f, int64_t begin, int64_t end) {
   }
 }
 
-// A tile of S becomes W.
-SHIFCON_NOINLINE void to_weights(const NceBackward& b, const Tile& t, float* tile) {
+// Σ_j W_ij cos_ij of the rows of a tile, and of its columns: u · ∂L/∂u where the tile is all of W.
+struct Projections {
+  float of_rows[kTile], of_columns[kTile];
+};
+
+// A tile of S becomes W. Projections: of a whole problem, or null.
+template <bool kProject>
+SHIFCON_NOINLINE void to_weights(const NceBackward& b, const Tile& t, float* tile, Projections* projections) {
   const UnitPair& p = b.gradient.pair;
   const int64_t first = t.problem * p.rows_a, all = p.problems * p.rows_a;
   const float* column_maximum = b.column_parts + first + t.j;
@@ -154,13 +160,16 @@ SHIFCON_NOINLINE void to_weights(const NceBackward& b, const Tile& t, float* til
   const Vector weight = broadcast(b.weight[t.problem]), zero = {};
   float one[2 * kLanes] = {};
   one[kLanes] = 1;
+  if (kProject)
+    for (float& total : projections->of_columns) total = 0;
   for (int64_t i = 0; i < t.rows; ++i) {
+    Vector projection = {};
     float* row = tile + i * kTileStride;
     const Vector row_maximum = broadcast(b.row_parts[first + t.i + i]);
     const Vector row_log = broadcast(b.row_parts[all + first + t.i + i]);
     const int64_t diagonal = t.i + i - t.j;
     for_each_vector(t.columns, [&](int64_t j, int64_t count) {
-      const Vector logits = load(row + j);
+      const Vector logits = kProject ? load_lanes(row + j, count) : load(row + j);
       // S is at most m, and stays so if a product should round otherwise than in the forward pass; NaN stays NaN.
       const Vector below_row = logits - row_maximum, below_column = logits - load_lanes(column_maximum + j, count);
       Vector of_row = exp_of_negative((below_row > zero ? zero : below_row) - row_log);
@@ -171,9 +180,18 @@ SHIFCON_NOINLINE void to_weights(const NceBackward& b, const Tile& t, float* til
         of_row -= identity;
         of_column -= identity;
       }
-      store(row + j, (of_row + of_column) * weight);
+      const Vector difference = of_row + of_column;
+      if (kProject) {
+        const Vector part = difference * logits;
+        projection += part;
+        store(projections->of_columns + j, load(projections->of_columns + j) + part);
+      }
+      store(row + j, difference * weight);
     });
+    if (kProject) projections->of_rows[i] = sum(projection) * b.share[t.problem];
   }
+  if (kProject)
+    for (float& total : projections->of_columns) total *= b.share[t.problem];
 }
 
 SHIFCON_NOINLINE void sum_rows(const float* tile, int64_t rows, int64_t columns, float* to, bool accumulate) {
@@ -194,7 +212,7 @@ void row_weights(const NceBackward& b, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < count; j += kTile) {
       const Tile tile = {problem, i, rows, j, count - j < kTile ? count - j : kTile};
       logits_of_tile<T>(p, tile, b.scale, scratch);
-      to_weights(b, tile, scratch.product.get());
+      to_weights<false>(b, tile, scratch.product.get(), nullptr);
       sum_rows(scratch.product.get(), rows, tile.columns, b.gradient.row_weights + problem * count + i, j > 0);
     }
   }
@@ -213,35 +231,45 @@ void backward_rows(const NceBackward& b, int64_t begin, int64_t end) {
                           const Tile tile = own.of_a ? Tile{own.problem, own.begin, own.count, other, others}
                                                      : Tile{own.problem, other, others, own.begin, own.count};
                           logits_of_tile<T>(p, tile, b.scale, scratch);
-                          to_weights(b, tile, weights);
+                          to_weights<false>(b, tile, weights, nullptr);
                         });
   }
 }
 
-// W of a problem that is one tile serves both sides.
+// W of a problem that is one tile serves both sides. In 16 bits, u · ∂L/∂u comes out of W as well; in float32 it has to
+// be that of the very sums that it is taken from, as little may remain of them.
 template <class T>
 void backward_whole(const NceBackward& b, int64_t begin, int64_t end) {
   const UnitPair& p = b.gradient.pair;
   const int64_t count = p.rows_a;
+  const bool at_once = sizeof(T) == 2 && b.gradient.total == nullptr;
   const TileScratch scratch;
-  const Scratch<float> copy(kTile * kTileStride), total(count * panel_stride(p.a.width));
+  const Scratch<float> copy(kTile * kTileStride), total(at_once ? 0 : count * panel_stride(p.a.width));
   const Scratch<T> row(p.a.width);
+  float* weights = scratch.product.get();
+  Projections projections;
   for (int64_t problem = begin; problem < end; ++problem) {
     const Tile tile = {problem, 0, count, 0, count};
     logits_of_tile<T>(p, tile, b.scale, scratch);
-    to_weights(b, tile, scratch.product.get());
+    if (at_once) to_weights<true>(b, tile, weights, &projections);
+    else to_weights<false>(b, tile, weights, nullptr);
     if (b.gradient.total) {
-      sum_rows(scratch.product.get(), count, count, b.gradient.row_weights + problem * count, false);
+      sum_rows(weights, count, count, b.gradient.row_weights + problem * count, false);
       const int64_t tasks = blocks(p.a.width, kColumnsOfTask);
       pair_total(b.gradient, problem * tasks, (problem + 1) * tasks);
     }
     for (int side = 0; side < 2; ++side) {
       const bool of_a = side == 0;
       if ((of_a ? b.gradient.grad_a : b.gradient.grad_b) == nullptr) continue;
-      const size_t bytes = static_cast<size_t>(count * kTileStride) * sizeof(float);
-      gradient_of_rows<T>(
-          b.gradient, {of_a, problem, 0, count}, copy.get(), scratch.right.get(), total.get(), row.get(),
-          [&](const GradientRows&, int64_t, int64_t, float* w) { __builtin_memcpy(w, scratch.product.get(), bytes); });
+      if (at_once) {
+        gradient_of_side<T>(b.gradient, of_a, problem, weights, of_a ? projections.of_rows : projections.of_columns,
+                            copy.get(), scratch.right.get(), scratch.left.get(), row.get());
+      } else {
+        const size_t bytes = static_cast<size_t>(count * kTileStride) * sizeof(float);
+        gradient_of_rows<T>(
+            b.gradient, {of_a, problem, 0, count}, copy.get(), scratch.right.get(), total.get(), row.get(),
+            [&](const GradientRows&, int64_t, int64_t, float* w) { __builtin_memcpy(w, weights, bytes); });
+      }
     }
   }
 }

@@ -24,6 +24,7 @@ void pair_total(const PairGradient&, int64_t begin, int64_t end);  // of this le
 namespace {
 
 constexpr int64_t kTileStride = panel_stride(kTile);
+constexpr int64_t kGradientColumns = 256;  // of a panel that is read once, right after it was widened
 
 // What one thread needs for tiles of at most kTile × kTile products.
 struct TileScratch {
@@ -246,6 +247,67 @@ SHIFCON_INLINE void gradient_of_rows(const PairGradient& g, const GradientRows& 
     add_gradient<T>(g, own, other, count, weights, panel, total, stride);
   }
   finish_rows<T>(g, own, total, stride, row_scratch);
+}
+
+// --- gradients where one tile is all of W
+
+// to = W · factors of its rows · factors of its columns, where there are such.
+SHIFCON_NOINLINE void scale_weights(const float* weights, int64_t rows, int64_t columns, const float* of_rows,
+                                    const float* of_columns, float* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vector factor = broadcast(of_rows ? of_rows[i] : 1.0f);
+    for_each_vector(columns, [&](int64_t at, int64_t count) {
+      Vector v = load(weights + i * kTileStride + at);
+      if (of_rows) v *= factor;
+      if (of_columns) v *= load_lanes(of_columns + at, count);
+      store(to + i * kTileStride + at, v);
+    });
+  }
+}
+
+// Some columns of the rows of a gradient: (g - u (u · g)) / ‖x‖, with u · g known.
+template <class T>
+SHIFCON_NOINLINE void finish_columns(const Rows& x, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                     const float* inverse, const float* projections, const float* g, int64_t stride,
+                                     T* scratch, T* to) {
+  Rows some = x;
+  some.data = static_cast<const T*>(x.data) + column * x.width_stride;
+  some.width = columns;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = contiguous_row(some, row + i, scratch);
+    const Vector unit = broadcast(inverse ? inverse[row + i] : 1.0f);
+    const Vector along = broadcast(inverse ? projections[i] : 0.0f);
+    for_each_vector(columns, [&](int64_t at, int64_t count) {
+      Vector v = load(g + i * stride + at);
+      if (inverse) v = (v - load_lanes(from + at, count) * unit * along) * unit;
+      store_lanes(to + (row + i) * x.width + column + at, v, count);
+    });
+  }
+}
+
+// The gradient of one side of one problem of at most kTile × kTile rows that is not re-centred. weights: W (a × b);
+// projections: u · g of every row, Σ_j W_ij cos_ij; scaled, panel, product: room for a tile and for two of kTile ×
+// kGradientColumns.
+template <class T>
+SHIFCON_INLINE void gradient_of_side(const PairGradient& g, bool of_a, int64_t problem, const float* weights,
+                                     const float* projections, float* scaled, float* panel, float* product,
+                                     T* row_scratch) {
+  constexpr int64_t kStride = panel_stride(kGradientColumns);
+  const UnitPair& p = g.pair;
+  const Rows& x = of_a ? p.a : p.b;
+  const int64_t row_a = problem * p.rows_a, row_b = problem * p.rows_b, width = x.width;
+  const int64_t rows = of_a ? p.rows_a : p.rows_b, others = of_a ? p.rows_b : p.rows_a;
+  scale_weights(weights, p.rows_a, p.rows_b, of_a || !p.inverse_a ? nullptr : p.inverse_a + row_a,
+                of_a && p.inverse_b ? p.inverse_b + row_b : nullptr, scaled);
+  for (int64_t at = 0; at < width; at += kGradientColumns) {
+    const int64_t columns = width - at < kGradientColumns ? width - at : kGradientColumns;
+    if (of_a) widen_b<T>(p, row_b, others, at, columns, panel, kStride);
+    else widen_a<T>(p, row_a, others, at, columns, panel, kStride);
+    add_weighted_rows(scaled, of_a ? kTileStride : 1, of_a ? 1 : kTileStride, panel, kStride, rows, columns, others,
+                      product, kStride, false);
+    finish_columns(x, of_a ? row_a : row_b, rows, at, columns, of_a ? p.inverse_a : p.inverse_b, projections, product,
+                   kStride, row_scratch, static_cast<T*>(of_a ? g.grad_a : g.grad_b));
+  }
 }
 
 }  // namespace
