@@ -222,10 +222,25 @@ SHIFCON_INLINE Workspace<Number> workspace(float* scratch, int64_t rows, int64_t
   return w;
 }
 
+// A row of a panel, `count` numbers at(position, lanes); the last vector is filled up with zeros.
+template <class Number, class At>
+SHIFCON_INLINE void store_row(Number* to, int64_t count, At&& at) {
+  if constexpr (kInPairs<Number>) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+      store(to + i / 2, neighbours(at(i, kLanes), at(i + kLanes, kLanes), Number{}));
+    if (i >= count) return;
+    const Vector second = count - i > kLanes ? at(i + kLanes, count - i - kLanes) : Vector{};
+    store(to + i / 2, neighbours(at(i, smaller(kLanes, count - i)), second, Number{}));
+  } else {
+    for_each_vector(count, [&](int64_t i, int64_t lanes) { store(to + i, at(i, lanes)); });
+  }
+}
+
 // Columns [column, column + count <= kPanelDepth) of c, or of x where there is no mean, for the rows order[begin ...).
-template <class T, class To>
+template <class T, class Number>
 SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t rows, int64_t column, int64_t count,
-                                 To* to, int64_t stride) {
+                                 Number* to, int64_t stride) {
   const Rows x = columns_of(p.x, column, count);
   const Rows means = p.mean.data ? columns_of(p.mean, column, count) : Rows{};
   T x_scratch[kPanelDepth];
@@ -242,16 +257,14 @@ SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t row
     }
     const T* from = contiguous_row(x, row, x_scratch);
     if (p.mean.data == nullptr) {
-      for_each_vector(count, [&](int64_t at, int64_t lanes) {
-        store_lanes(to + at, load_lanes(from + at, lanes), lanes);
-      });
+      store_row(to, count, [&](int64_t at, int64_t lanes) { return load_lanes(from + at, lanes); });
       continue;
     }
     const int64_t source = id_of_row(p.source, row);
     if (source != language) mean = float_row(means, source, mean_scratch);
     language = source;
-    for_each_vector(count, [&](int64_t at, int64_t lanes) {
-      store_lanes(to + at, load_lanes(from + at, lanes) - load_lanes(mean + at, lanes), lanes);
+    store_row(to, count, [&](int64_t at, int64_t lanes) {
+      return load_lanes(from + at, lanes) - load_lanes(mean + at, lanes);
     });
   }
 }
@@ -264,13 +277,7 @@ SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, c
   const int64_t width = p.x.width, rank = p.basis.rank, stride = line_stride(rank), rows = panel.end - panel.begin;
   for (int64_t column = 0; column < width; column += kPanelDepth) {
     const int64_t held = smaller(kPanelDepth, width - column);
-    if constexpr (kInPairs<Number>) {
-      BFloat16* numbers = reinterpret_cast<BFloat16*>(w.centred);
-      centre_panel<T>(p, panel.begin, rows, column, held, numbers, 2 * kStride);
-      for (int64_t i = 0; held % 2 != 0 && i < rows; ++i) numbers[i * 2 * kStride + held] = {};
-    } else {
-      centre_panel<T>(p, panel.begin, rows, column, held, w.centred, kStride);
-    }
+    centre_panel<T>(p, panel.begin, rows, column, held, w.centred, kStride);
     for (int64_t at = 0; at < held; at += kBasisDepth * kTerms<Number>) {
       const int64_t count = smaller(kBasisDepth * kTerms<Number>, held - at);
       pack(rows_of(p.basis, panel.language, column + at, count), w.directions, stride);
