@@ -154,7 +154,10 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         library = build(arguments.kind, Path(folder), baseline_only=arguments.baseline)
-        for level in ["baseline"] if arguments.baseline else load_build().LEVELS:
+        compiled = ["baseline"] if arguments.baseline else list(load_build().LEVELS)
+        # The kernels of avx512, told that they may multiply bfloat16.
+        chosen = [*compiled, *(["avx512_bf16"] if "avx512" in compiled else [])]
+        for level in chosen:
             print(f"== {arguments.kind}, {level}", flush=True)
             os.environ["SHIFCON_CPU_LEVEL"] = level
             command = [
