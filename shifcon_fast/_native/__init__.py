@@ -51,7 +51,7 @@ def load(library: str) -> str | None:
     """Load ``library`` ("cpu" or "cuda"); return why it cannot be used, or ``None`` when it can."""
     if library == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA; install a torch that is"
-    level = os.environ.get("SHIFCON_CPU_LEVEL", "baseline")
+    level = os.environ.get("SHIFCON_CPU_LEVEL") or "baseline"
     if library == "cpu" and level not in LEVELS:
         return f"SHIFCON_CPU_LEVEL: got {level!r}; wanted one of {', '.join(LEVELS)}, or no such variable"
     found = _file_of(library)
