@@ -158,13 +158,22 @@ SHIFCON_INLINE Float16 narrowed_float16(float value) {
   }
   return Float16{static_cast<uint16_t>(sign | half)};
 }
+// Called, not inlined: dozens of loops hold them, and only machines without F16C run them.
+static __attribute__((noinline)) void widen_float16(const Float16* from, float* to) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = widened_float16(from[lane]);
+}
+static __attribute__((noinline)) void narrow_float16(const float* from, Float16* to) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = narrowed_float16(from[lane]);
+}
 SHIFCON_INLINE Vector load(const Float16* from) {
-  Vector v;
-  for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = widened_float16(from[lane]);
-  return v;
+  float lanes[kLanes];
+  widen_float16(from, lanes);
+  return load(lanes);
 }
 SHIFCON_INLINE void store(Float16* to, Vector v) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = narrowed_float16(v[lane]);
+  float lanes[kLanes];
+  store(lanes, v);
+  narrow_float16(lanes, to);
 }
 #endif
 
