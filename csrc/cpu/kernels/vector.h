@@ -274,10 +274,16 @@ class Scratch {
 
 // --- whole rows, where a kernel wants them side by side or in float32
 
+// Where a row begins, whatever its stride.
+template <class T>
+SHIFCON_INLINE const T* row_start(const Rows& rows, int64_t row) {
+  return static_cast<const T*>(rows.data) + offset_of(rows, row);
+}
+
 // A row of T with unit stride: the row itself, or its copy in `scratch` (width elements).
 template <class T>
 SHIFCON_INLINE const T* contiguous_row(const Rows& rows, int64_t row, T* scratch) {
-  const T* from = static_cast<const T*>(rows.data) + offset_of(rows, row);
+  const T* from = row_start<T>(rows, row);
   if (rows.width_stride == 1) return from;
   for (int64_t at = 0; at < rows.width; ++at) scratch[at] = from[at * rows.width_stride];
   return scratch;
