@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "pages.h"
 #include "tensors.h"
 
 namespace shifcon {
@@ -94,7 +93,6 @@ Tensor pool_gradient(const Tensor& grad, const Tensor& pooled, const Tensor& fac
   p.factor = static_cast<const float*>(factor.data_ptr());
   p.factor_stride = factor.stride(0);
   p.grad_h = result.data_ptr();
-  prefer_huge_pages(p.grad_h, result.numel() * result.element_size());
   p.tokens = unit_of(p.mask.tokens, batch, p.mask.tokens, 1);
   auto* kernel = SHIFCON_PICK(pool_backward);
   torch::stable::parallel_for(0, batch * ceil_div(p.mask.tokens, p.tokens), grain(p.tokens * width),

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "pages.h"
+
 namespace shifcon {
+
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": wanted a CPU tensor");
   switch (tensor.scalar_type()) {
@@ -92,7 +95,9 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
       static_cast<int64_t>(dims), shape.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0,
       &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 Tensor zeros(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {

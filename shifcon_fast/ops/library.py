@@ -41,6 +41,7 @@ def direct_backend(operator: str, args: tuple[Any, ...]) -> Backend | None:
     like, impl = args[0], args[-1]
     if (
         type(like) is torch.Tensor
+        and like.is_floating_point()  # select would warn of a slow backend where the dtype is refused
         and impl in IMPLS
         and _is_plain_eager(args)
         and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -165,6 +166,14 @@ def test_autocast_changes_nothing(operator: str) -> None:
         (grad,) = torch.autograd.grad(result.sin().sum(), x)
     assert torch.equal(result, expected)
     assert torch.equal(grad, expected_grad)
+
+
+def test_a_refused_dtype_is_no_reason_to_warn_of_a_slow_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TypeError, match=r"x: got dtype torch.int64"):
+            ops.add_shift_rms_norm(torch.ones(2, 6, dtype=torch.int64), torch.ones(6))
 
 
 def test_one_warning_a_process() -> None:
