@@ -7,7 +7,6 @@
 #include <atomic>
 #include <vector>
 
-#include "pages.h"
 #include "tensors.h"
 
 namespace shifcon {
@@ -179,7 +178,6 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& basis, const T
   p.source = arguments.source;
   const Tensor result = empty(x.sizes(), x.scalar_type());
   p.out = result.data_ptr();
-  prefer_huge_pages(p.out, result.numel() * result.element_size());
   const Groups groups = group(arguments.source, arguments.target, p.x.count, p.mean.count);
   p.order = groups.order.data();
   project_all(p, groups);
@@ -295,7 +293,6 @@ std::vector<Tensor> backward(const Tensor& grad, OptionalTensor x, const Tensor&
   if (need_x) {
     results.push_back(empty(grad.sizes(), grad.scalar_type()));
     p.out = results.back().data_ptr();
-    prefer_huge_pages(p.out, grad.numel() * grad.element_size());
     project_all(p, groups);
   }
   if (need_mean) {
