@@ -113,6 +113,23 @@ def check(peer: str, function: Callable[..., Tensor], values: Values) -> None:
     assert distance < 2e-2, f"{peer} is off by {distance:.1e}"
 
 
+def sizes(rank: int, device: torch.device, smoke: bool) -> tuple[int, int, int, int]:
+    """Rows, hidden size, languages and rank."""
+    if not smoke and device.type != "cpu":
+        return 16_384, 4096, 16, rank
+    if rank != 64:
+        pytest.skip("one small size on the CPU")
+    return (32, 64, 4, 8) if smoke else (4096, 2048, 8, rank)
+
+
+def prepared(peer: str, smoke: bool) -> Callable[..., Tensor]:
+    function = PEERS[peer]
+    if peer.startswith("torch.compile"):
+        torch._dynamo.reset()
+        return torch.compile(function, backend="aot_eager" if smoke else "inductor", dynamic=False)
+    return function
+
+
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("rank", RANKS)
 def test_forward(
@@ -123,15 +140,8 @@ def test_forward(
     device: torch.device,
     smoke: bool,
 ) -> None:
-    rows, hidden, languages = 16_384, 4096, 16
-    if smoke or device.type == "cpu":
-        if rank != 64:
-            pytest.skip("one small size on the CPU")
-        rows, hidden, languages, rank = (32, 64, 4, 8) if smoke else (4096, 2048, 8, rank)
-    function = PEERS[peer]
-    if peer.startswith("torch.compile"):
-        torch._dynamo.reset()
-        function = torch.compile(function, backend="aot_eager" if smoke else "inductor", dynamic=False)
+    rows, hidden, languages, rank = sizes(rank, device, smoke)
+    function = prepared(peer, smoke)
     first = inputs(rows, hidden, languages, rank, device)
     with torch.no_grad():
         check(peer, function, first)
@@ -153,15 +163,8 @@ def test_backward(
     smoke: bool,
 ) -> None:
     """The gradient of x alone: language spaces are not trained."""
-    rows, hidden, languages = 16_384, 4096, 16
-    if smoke or device.type == "cpu":
-        if rank != 64:
-            pytest.skip("one small size on the CPU")
-        rows, hidden, languages, rank = (32, 64, 4, 8) if smoke else (4096, 2048, 8, rank)
-    function = PEERS[peer]
-    if peer.startswith("torch.compile"):
-        torch._dynamo.reset()
-        function = torch.compile(function, backend="aot_eager" if smoke else "inductor", dynamic=False)
+    rows, hidden, languages, rank = sizes(rank, device, smoke)
+    function = prepared(peer, smoke)
     with torch.no_grad():
         check(peer, function, inputs(rows, hidden, languages, rank, device))
 
