@@ -272,6 +272,7 @@ def build_cpu(
     Raises:
         BuildError: see :meth:`Plan.run`.
     """
+    library = library.resolve()  # ninja runs in the folder of the object files
     plan = Plan(toolchain, folder)
     common = [*_COMMON_FLAGS, f"-I{SOURCES / 'cpu'}", *extra]
     levels = [f"-DSHIFCON_HAS_{level.upper()}" for level in LEVELS]
@@ -322,6 +323,7 @@ def build_cuda(toolchain: Toolchain, library: Path, folder: Path, *, verbose: bo
     if problem is not None:
         raise BuildError(problem)
     assert toolchain.nvcc is not None
+    library = library.resolve()
     plan = Plan(toolchain, folder)
     flags = [*cuda_flags(toolchain, supported_architectures(toolchain.nvcc)), "--threads=0"]
     objects = [plan.compile_cuda(source, flags) for source in sorted((SOURCES / "cuda").glob("*.cu"))]

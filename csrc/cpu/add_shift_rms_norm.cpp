@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cache.h"
 #include "tensors.h"
 
 namespace shifcon {
@@ -57,6 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   p.y = y.data_ptr();
   p.h = residual || shift ? h.data_ptr() : nullptr;
   p.rstd = static_cast<float*>(rstd.data_ptr());
+  const int64_t element = y.element_size(), results = y.numel() + h.numel();
+  p.past_cache = past_cache(p.y, p.x.width * element, results * element) &&
+                 past_cache(h.data_ptr(), p.x.width * element, results * element);
   auto* kernel = SHIFCON_PICK(norm_forward);
   torch::stable::parallel_for(0, p.x.count, grain(p.x.width),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -94,6 +98,8 @@ std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const
   if (need_input) {
     results.push_back(empty(h.sizes(), h.scalar_type()));
     p.grad_input = results.back().data_ptr();
+    const int64_t element = h.element_size();
+    p.past_cache = past_cache(p.grad_input, width * element, h.numel() * element);
   }
   if (need_weight) {
     results.push_back(empty({width}, ScalarType::Float));
@@ -120,8 +126,12 @@ std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const
     results.push_back(zeros({languages, width}, ScalarType::Float));
     p.grad_shift = static_cast<float*>(results.back().data_ptr());
     auto* kernel = SHIFCON_PICK(norm_backward_shift);
-    torch::stable::parallel_for(0, width, std::max<int64_t>(64, grain(p.h.count)),
-                                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    // Whole groups of columns, so that the number of threads does not decide which of them a kernel takes in vectors.
+    constexpr int64_t kGroup = 64;
+    torch::stable::parallel_for(0, (width + kGroup - 1) / kGroup, grain(p.h.count * kGroup),
+                                [&](int64_t begin, int64_t end) {
+                                  kernel(p, begin * kGroup, std::min(end * kGroup, width));
+                                });
   }
   return results;
 }

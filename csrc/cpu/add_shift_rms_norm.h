@@ -17,6 +17,7 @@ struct NormForward {
   void* y;      // contiguous, dtype of x
   void* h;      // likewise; null where h is x itself
   float* rstd;  // one per row
+  bool past_cache;  // y and h
 };
 
 struct NormBackward {
@@ -25,6 +26,7 @@ struct NormBackward {
   Ids index;
   Style style;
   void* grad_input;     // contiguous, dtype of h; null where not needed
+  bool past_cache;      // grad_input
   float* along;         // mean(g · x̂) per row, for the pass over the columns; null where not needed
   float* grad_weight;   // (chunks, d) partial sums; null where not needed
   int64_t chunk;        // rows per chunk

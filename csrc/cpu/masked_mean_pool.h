@@ -34,6 +34,7 @@ struct PoolBackward {
   Mask mask;
   Dtype dtype;      // of grad_h
   int64_t tokens;   // of one unit of work: a row of the batch is cut into ceil(mask.tokens / tokens) units
+  bool past_cache;  // grad_h
   void* grad_h;     // (batch, tokens, width), contiguous
 };
 

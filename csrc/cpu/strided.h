@@ -33,6 +33,16 @@ struct Ids {
 
 namespace {
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// Some columns of every row.
+inline Rows columns_of(const Rows& rows, int64_t begin, int64_t count) {
+  Rows part = rows;
+  part.data = static_cast<const char*>(rows.data) + begin * rows.width_stride * size_of(rows.dtype);
+  part.width = count;
+  return part;
+}
+
 inline int64_t offset_of(const Rows& rows, int64_t row) {
   int64_t offset = 0;
   for (int dim = rows.leading - 1; dim > 0; --dim) {

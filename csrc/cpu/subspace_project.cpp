@@ -7,13 +7,14 @@
 #include <atomic>
 #include <vector>
 
+#include "cache.h"
 #include "tensors.h"
 
 namespace shifcon {
 namespace {
 
 // Rows that share one packing of V. More bring little, and their coefficients would leave the cache.
-constexpr int64_t kMostRows = 256;
+constexpr int64_t kMostRows = 384;
 constexpr int64_t kFewestRows = 16;
 // Sums over rows run through partial sums of so many at most.
 constexpr int64_t kRowsPerSegment = 512;
@@ -146,6 +147,12 @@ void project_all(const Projection& p, const Groups& groups) {
   project(p, std::move(panels), rows);
 }
 
+void set_out(Projection& p, const Tensor& result) {
+  const int64_t element = result.element_size();
+  p.out = result.data_ptr();
+  p.past_cache = past_cache(p.out, p.x.width * element, result.numel() * element);
+}
+
 bool in_pairs(const Rows& x) { return x.dtype == Dtype::bfloat16 && level() == Level::avx512_bf16; }
 
 struct Arguments {
@@ -177,7 +184,7 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& basis, const T
   p.basis = arguments.basis;
   p.source = arguments.source;
   const Tensor result = empty(x.sizes(), x.scalar_type());
-  p.out = result.data_ptr();
+  set_out(p, result);
   const Groups groups = group(arguments.source, arguments.target, p.x.count, p.mean.count);
   p.order = groups.order.data();
   project_all(p, groups);
@@ -292,7 +299,7 @@ std::vector<Tensor> backward(const Tensor& grad, OptionalTensor x, const Tensor&
   std::vector<Tensor> results;
   if (need_x) {
     results.push_back(empty(grad.sizes(), grad.scalar_type()));
-    p.out = results.back().data_ptr();
+    set_out(p, results.back());
     project_all(p, groups);
   }
   if (need_mean) {

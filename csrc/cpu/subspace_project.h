@@ -30,6 +30,7 @@ struct Projection {
   const Panel* panels;
   bool pairs;      // x is bfloat16, and so are its products: level avx512_bf16
   void* out;       // contiguous, dtype of x
+  bool past_cache;  // out
   float* scratch;  // of this thread: projection_scratch()
 };
 

@@ -12,7 +12,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "vector.h"
+#include "wide.h"
 
 namespace shifcon {
 namespace SHIFCON_LEVEL {
@@ -20,36 +20,23 @@ namespace {
 
 // Sums over rows run through a partial sum of so many rows: the error grows with the number of partial sums.
 constexpr int64_t kRowsPerPartialSum = 64;
-constexpr int64_t kUnroll = 4;
-
-// Σ f(position, count) over a row, in independent chains of additions.
-template <class Function>
-SHIFCON_INLINE float sum_over(int64_t width, Function&& f) {
-  Vector total[kUnroll] = {};
-  int64_t at = 0;
-  for (; at + kUnroll * kLanes <= width; at += kUnroll * kLanes)
-    for (int64_t i = 0; i < kUnroll; ++i) total[i] += f(at + i * kLanes, kLanes);
-  for (; at + kLanes <= width; at += kLanes) total[0] += f(at, kLanes);
-  if (at < width) total[1] += f(at, width - at);
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
-}
 
 // h of one row into `h`, and Σ h².
 template <bool kResidual, bool kShift, class T>
 SHIFCON_INLINE float add_row(const T* x, const T* residual, const float* shift, T* h, int64_t width) {
-  return sum_over(width, [&](int64_t at, int64_t count) {
-    Vector total = load_lanes(x + at, count);
-    if (kResidual) total += load_lanes(residual + at, count);
-    if (kShift) total += load_lanes(shift + at, count);
-    total = store_rounded_lanes(h + at, total, count);
+  return sum_over<T>(width, [&](int64_t at, int64_t count) {
+    Wide<T> total = load_wide(x + at, count);
+    if (kResidual) total = total + load_wide(residual + at, count);
+    if (kShift) total = total + load_wide_as<T>(shift + at, count);
+    total = store_rounded(h + at, total, count);
     return total * total;
   });
 }
 
 template <class T>
 SHIFCON_INLINE float square_sum(const T* h, int64_t width) {
-  return sum_over(width, [&](int64_t at, int64_t count) {
-    const Vector value = load_lanes(h + at, count);
+  return sum_over<T>(width, [&](int64_t at, int64_t count) {
+    const Wide<T> value = load_wide(h + at, count);
     return value * value;
   });
 }
@@ -65,41 +52,53 @@ SHIFCON_INLINE float copy_row(const T* x, T* h, int64_t width) {
 // tensor that comes from memory is asked for while the second pass works in the cache.
 template <class T, class... Others>
 SHIFCON_INLINE void prefetch(int64_t at, const T* row, Others... rows) {
-  __builtin_prefetch(row + at);
+  constexpr int64_t kLine = 64, kStep = kWide * static_cast<int64_t>(sizeof(T));
+  for (int64_t byte = 0; byte < kStep; byte += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(row + at) + byte);
   if constexpr (sizeof...(rows) > 0) prefetch(at, rows...);
 }
 
-template <bool kLlama, class T, class Factor>
-SHIFCON_INLINE void normalise_row(const T* h, const Factor* factor, float rstd, T* y, int64_t width, const T* next_x,
-                                  const T* next_residual) {
+// y of one row; where h is to go past the cache, from there to `out` as well.
+template <bool kLlama, bool kPastCache, class T, class Factor>
+SHIFCON_INLINE void normalise_row(const T* h, T* out, Factor&& factor, float rstd, T* y, int64_t width,
+                                  const T* next_x, const T* next_residual) {
   const Vector scale = broadcast(rstd);
-  for_each_vector(width, [&](int64_t at, int64_t count) {
+  for_each_wide(width, [&](int64_t at, int64_t count) {
     prefetch(at, next_x, next_residual);
-    Vector normalised = load_lanes(h + at, count) * scale;
-    if (kLlama) normalised = rounded_as<T>(normalised);
-    store_lanes(y + at, normalised * load_lanes(factor + at, count), count);
+    Wide<T> normalised = load_wide(h + at, count) * scale;
+    if (kLlama) normalised = rounded(normalised);
+    store_result<kPastCache>(y + at, normalised * factor(at, count), count);
+    if (kPastCache && out) copy_past_cache(out + at, h + at, count);
   });
 }
 
-// Whether factor_row needs room for a copy.
-SHIFCON_INLINE bool copies_factor(const Rows& weight, Style style) {
-  return style == Style::gemma || weight.dtype != Dtype::float32 || weight.width_stride != 1;
-}
 SHIFCON_INLINE int64_t room_for_copy(const Rows& rows) { return rows.width_stride == 1 ? 0 : rows.width; }
 
 // w, or 1 + w, in float32.
-SHIFCON_INLINE const float* factor_row(const Rows& weight, Style style, float* scratch) {
-  const float* row = float_row(weight, 0, scratch);
-  if (style != Style::gemma) return row;
-  for (int64_t at = 0; at < weight.width; ++at) scratch[at] = 1.0f + row[at];
-  return scratch;
-}
+template <class T>
+class FactorRow {
+ public:
+  FactorRow(const Rows& weight, Style style) : row_(wides_of(weight.width)) {
+    const Scratch<float> scratch(weight.width);
+    const float* from = float_row(weight, 0, scratch.get());
+    if (style == Style::gemma) {
+      for (int64_t at = 0; at < weight.width; ++at) scratch.get()[at] = 1.0f + from[at];
+      from = scratch.get();
+    }
+    arrange(from, weight.width, row_.get());
+  }
+  Wide<T> operator()(int64_t at, int64_t) const { return row_.get()[at / kWide]; }
 
-template <class T, class Factor>
-SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor* factor, int64_t begin, int64_t end) {
+ private:
+  const Scratch<Wide<T>> row_;
+};
+
+template <bool kPastCache, class T, class Factor>
+SHIFCON_FLAT void forward_rows(const NormForward& p, Factor&& factor, int64_t begin, int64_t end) {
   const int64_t width = p.x.width;
   const Scratch<float> shift_scratch(p.shift.dtype == Dtype::float32 ? room_for_copy(p.shift) : width);
   const Scratch<T> x_scratch(room_for_copy(p.x)), residual_scratch(room_for_copy(p.residual));
+  const Scratch<T> h_scratch(kPastCache && p.h ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = contiguous_row(p.x, row, x_scratch.get());
     const T* h = x;
@@ -107,7 +106,7 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor* factor, int64
     if (p.h == nullptr) {
       squares = square_sum(x, width);
     } else {
-      T* out = static_cast<T*>(p.h) + row * width;
+      T* out = kPastCache ? h_scratch.get() : static_cast<T*>(p.h) + row * width;
       const T* residual = p.residual.data ? contiguous_row(p.residual, row, residual_scratch.get()) : nullptr;
       const int64_t id = p.shift.data ? id_of_row(p.index, row) : -1;
       const float* shift = id >= 0 ? float_row(p.shift, id, shift_scratch.get()) : nullptr;
@@ -122,28 +121,36 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor* factor, int64
     T* y = static_cast<T*>(p.y) + row * width;
     const T* next_x = row + 1 < end ? row_start<T>(p.x, row + 1) : h;
     const T* next_residual = row + 1 < end && p.residual.data ? row_start<T>(p.residual, row + 1) : h;
-    if (p.style == Style::llama) normalise_row<true>(h, factor, rstd, y, width, next_x, next_residual);
-    else normalise_row<false>(h, factor, rstd, y, width, next_x, next_residual);
+    T* out = p.h ? static_cast<T*>(p.h) + row * width : nullptr;
+    if (p.style == Style::llama)
+      normalise_row<true, kPastCache>(h, out, factor, rstd, y, width, next_x, next_residual);
+    else
+      normalise_row<false, kPastCache>(h, out, factor, rstd, y, width, next_x, next_residual);
   }
+  if (kPastCache) drain_stores();
 }
 
 template <class T>
 void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
   if (p.weight.dtype == p.x.dtype && p.weight.width_stride == 1 && p.style != Style::gemma) {
-    return forward_rows<T>(p, static_cast<const T*>(p.weight.data), begin, end);
+    const T* weight = static_cast<const T*>(p.weight.data);
+    const auto factor = [=](int64_t at, int64_t count) { return load_wide(weight + at, count); };
+    if (p.past_cache) return forward_rows<true, T>(p, factor, begin, end);
+    return forward_rows<false, T>(p, factor, begin, end);
   }
-  const Scratch<float> scratch(p.weight.width);
-  forward_rows<T>(p, factor_row(p.weight, p.style, scratch.get()), begin, end);
+  const FactorRow<T> factor(p.weight, p.style);
+  if (p.past_cache) return forward_rows<true, T>(p, factor, begin, end);
+  forward_rows<false, T>(p, factor, begin, end);
 }
 
-// ∂L/∂h of one vector, from its row's mean(g · x̂).
+// ∂L/∂h of kWide numbers, from their row's mean(g · x̂).
 template <bool kAbove, class T>
-SHIFCON_INLINE Vector grad_of(const T* grad_y, const T* grad_h, const T* h, const float* factor, Vector rstd,
-                              Vector along, int64_t at, int64_t count) {
-  const Vector normalised = load_lanes(h + at, count) * rstd;
-  const Vector g = load_lanes(grad_y + at, count) * load_lanes(factor + at, count);
-  const Vector through = (g - normalised * along) * rstd;
-  return kAbove ? through + load_lanes(grad_h + at, count) : through;
+SHIFCON_INLINE Wide<T> grad_of(const T* grad_y, const T* grad_h, const T* h, Wide<T> factor, Vector rstd,
+                               Vector along, int64_t at, int64_t count) {
+  const Wide<T> normalised = load_wide(h + at, count) * rstd;
+  const Wide<T> g = load_wide(grad_y + at, count) * factor;
+  const Wide<T> through = (g - normalised * along) * rstd;
+  return kAbove ? through + load_wide(grad_h + at, count) : through;
 }
 
 template <class T>
@@ -176,19 +183,18 @@ class BackwardRows {
 };
 
 template <class T>
-SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const float* factor, float rstd, int64_t width) {
-  const float total = sum_over(width, [&](int64_t at, int64_t count) {
-    return load_lanes(row.grad_y + at, count) * load_lanes(factor + at, count) * load_lanes(row.h + at, count);
+SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const FactorRow<T>& factor, float rstd, int64_t width) {
+  const float total = sum_over<T>(width, [&](int64_t at, int64_t count) {
+    return load_wide(row.grad_y + at, count) * factor(at, count) * load_wide(row.h + at, count);
   });
   return total * rstd / static_cast<float>(width);
 }
 
-template <class T>
+template <bool kPastCache, class T>
 SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int64_t last_chunk) {
   const int64_t width = p.h.width;
-  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0);
   const Scratch<float> partial_scratch(p.grad_weight ? width : 0);
-  const float* factor = factor_row(p.weight, p.style, factor_scratch.get());
+  const FactorRow<T> factor(p.weight, p.style);
   const BackwardRows<T> rows(p);
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t begin = chunk * p.chunk;
@@ -204,8 +210,8 @@ SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int6
       if (here.grad_y == nullptr) {
         if (p.along) p.along[row] = 0;
         if (out) {
-          for_each_vector(width, [&](int64_t at, int64_t count) {
-            store_lanes(out + at, load_lanes(here.grad_h + at, count), count);
+          for_each_wide(width, [&](int64_t at, int64_t count) {
+            store_result<kPastCache>(out + at, load_wide(here.grad_h + at, count), count);
           });
         }
         continue;
@@ -217,26 +223,27 @@ SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int6
         const Vector along = broadcast(mean);
         const BackwardRow<T> next = row + 1 < end ? rows.start_of(row + 1) : here;
         if (out && here.grad_h) {
-          for_each_vector(width, [&](int64_t at, int64_t count) {
+          for_each_wide(width, [&](int64_t at, int64_t count) {
             prefetch(at, next.grad_y, next.grad_h, next.h);
-            const Vector grad = grad_of<true>(here.grad_y, here.grad_h, here.h, factor, rstd, along, at, count);
-            store_lanes(out + at, grad, count);
+            const Wide<T> weight = factor(at, count);
+            const Wide<T> grad = grad_of<true>(here.grad_y, here.grad_h, here.h, weight, rstd, along, at, count);
+            store_result<kPastCache>(out + at, grad, count);
           });
         } else if (out) {
-          for_each_vector(width, [&](int64_t at, int64_t count) {
+          for_each_wide(width, [&](int64_t at, int64_t count) {
             prefetch(at, next.grad_y, next.h);
-            const Vector grad = grad_of<false>(here.grad_y, here.grad_h, here.h, factor, rstd, along, at, count);
-            store_lanes(out + at, grad, count);
+            const Wide<T> weight = factor(at, count);
+            const Wide<T> grad = grad_of<false>(here.grad_y, here.grad_h, here.h, weight, rstd, along, at, count);
+            store_result<kPastCache>(out + at, grad, count);
           });
         }
       }
       if (total) {
         const bool llama = p.style == Style::llama;
-        for_each_vector(width, [&](int64_t at, int64_t count) {
-          Vector normalised = load_lanes(here.h + at, count) * rstd;
-          if (llama) normalised = rounded_as<T>(normalised);
-          const Vector grad = load_lanes(here.grad_y + at, count) * normalised;
-          store_lanes(partial + at, load_lanes(partial + at, count) + grad, count);
+        for_each_wide(width, [&](int64_t at, int64_t count) {
+          Wide<T> normalised = load_wide(here.h + at, count) * rstd;
+          if (llama) normalised = rounded(normalised);
+          add_to(partial + at, load_wide(here.grad_y + at, count) * normalised, count);
         });
         if ((row - begin) % kRowsPerPartialSum == kRowsPerPartialSum - 1 || row == end - 1) {
           for (int64_t at = 0; at < width; ++at) {
@@ -247,14 +254,15 @@ SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int6
       }
     }
   }
+  if (kPastCache) drain_stores();
 }
 
 // ∂L/∂shift, some columns of every row: no two threads write the same number, and every sum has one order.
 template <class T>
 SHIFCON_FLAT void backward_shift_columns(const NormBackward& p, int64_t begin, int64_t end) {
   const int64_t width = p.h.width, columns = end - begin;
-  const Scratch<float> factor_scratch(copies_factor(p.weight, p.style) ? width : 0), partial_scratch(columns);
-  const float* factor = factor_row(p.weight, p.style, factor_scratch.get()) + begin;
+  const Scratch<float> partial_scratch(columns);
+  const FactorRow<T> factor(columns_of(p.weight, begin, columns), p.style);
   float* partial = partial_scratch.get();
   const BackwardRows<T> rows(p);
   int64_t language = -1, summed = 0;
@@ -277,18 +285,19 @@ SHIFCON_FLAT void backward_shift_columns(const NormBackward& p, int64_t begin, i
     const BackwardRow<T> here = rows[row];
     const T* grad_h = here.grad_h ? here.grad_h + begin : nullptr;
     if (here.grad_y == nullptr) {
-      for_each_vector(columns, [&](int64_t at, int64_t count) {
-        store_lanes(partial + at, load_lanes(partial + at, count) + load_lanes(grad_h + at, count), count);
+      for_each_wide(columns, [&](int64_t at, int64_t count) {
+        add_to(partial + at, load_wide(grad_h + at, count), count);
       });
       continue;
     }
     const Vector rstd = broadcast(p.rstd[row]), along = broadcast(p.along[row]);
-    for_each_vector(columns, [&](int64_t at, int64_t count) {
+    for_each_wide(columns, [&](int64_t at, int64_t count) {
       const T* grad_y = here.grad_y + begin;
       const T* h = here.h + begin;
-      const Vector grad = grad_h ? grad_of<true>(grad_y, grad_h, h, factor, rstd, along, at, count)
-                                 : grad_of<false>(grad_y, grad_h, h, factor, rstd, along, at, count);
-      store_lanes(partial + at, load_lanes(partial + at, count) + grad, count);
+      add_to(partial + at,
+             grad_h ? grad_of<true>(grad_y, grad_h, h, factor(at, count), rstd, along, at, count)
+                    : grad_of<false>(grad_y, grad_h, h, factor(at, count), rstd, along, at, count),
+             count);
     });
   }
   flush();
@@ -301,7 +310,11 @@ void norm_forward(const NormForward& p, int64_t begin, int64_t end) {
 }
 
 void norm_backward(const NormBackward& p, int64_t begin, int64_t end) {
-  with_dtype(p.h.dtype, [&](auto* type) { backward_rows<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+  with_dtype(p.h.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (p.past_cache) backward_rows<true, T>(p, begin, end);
+    else backward_rows<false, T>(p, begin, end);
+  });
 }
 
 void norm_backward_shift(const NormBackward& p, int64_t begin, int64_t end) {

@@ -12,6 +12,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace shifcon {
@@ -162,9 +164,14 @@ SHIFCON_INLINE void dot_product(const Number* a, int64_t a_stride, const Number*
 
 // --- A B
 
-template <int kRows, int kVectors, class Number, class Finish>
+// Elements of an array.
+template <class Array>
+constexpr int kCountOf = static_cast<int>(std::extent_v<std::remove_reference_t<Array>>);
+
+template <int kRows, int kVectors, class Number, class Finish, class Start>
 SHIFCON_INLINE void multiply_tile(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
-                                  int64_t depth, int64_t row, int64_t column, Finish&& finish) {
+                                  int64_t depth, int64_t row, int64_t column, Finish&& finish, Start&& start) {
+  for (int i = 0; i < kRows; ++i) start(row + i, column);
   Vector total[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[kVectors];
@@ -178,44 +185,51 @@ SHIFCON_INLINE void multiply_tile(const Number* a, int64_t a_row, int64_t a_dept
   }
   // Left to itself, GCC keeps this a loop at times, and the whole tile in memory for it.
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) finish(row + i, column + j * kLanes, total[i][j]);
+  for (int i = 0; i < kRows; ++i) finish(row + i, column, total[i]);
 }
 
-template <int kVectors, class Number, class Finish>
+template <int kVectors, class Number, class Finish, class Start>
 SHIFCON_INLINE void multiply_strip(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
-                                   int64_t rows, int64_t depth, int64_t column, Finish&& finish) {
+                                   int64_t rows, int64_t depth, int64_t column, Finish&& finish, Start&& start) {
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows)
-    multiply_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish);
+    multiply_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish, start);
   for (; i + 2 <= rows; i += 2)
-    multiply_tile<2, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish);
-  if (i < rows) multiply_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish);
+    multiply_tile<2, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish, start);
+  if (i < rows)
+    multiply_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish, start);
 }
 
-// finish(row, column, vector) for every vector of A B. A(i, k) = a[i · a_row + k · a_depth]: a panel, or a transposed
-// one; B (depth × columns) is a panel.
-template <class Number, class Finish>
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+// finish(row, column, vectors) for all of A B: as many vectors of a row, from `column` on, as a tile has (an array of
+// kTileVectors, or at the end of a row of one); start(row, column) before their sums are formed.
+// A(i, k) = a[i · a_row + k · a_depth]: a panel, or a transposed one; B (depth × columns) is a panel.
+template <class Number, class Finish, class Start = Nothing>
 SHIFCON_INLINE void multiply(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
-                             int64_t rows, int64_t columns, int64_t depth, Finish&& finish) {
+                             int64_t rows, int64_t columns, int64_t depth, Finish&& finish, Start&& start = {}) {
   constexpr int64_t kStrip = kTileVectors * kLanes;
   int64_t column = 0;
   for (; column + kStrip <= columns; column += kStrip)
-    multiply_strip<kTileVectors>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish);
+    multiply_strip<kTileVectors>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish, start);
   for (; column < columns; column += kLanes)
-    multiply_strip<1>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish);
+    multiply_strip<1>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish, start);
 }
 
 // A B into a panel, or added to it.
-template <class Number>
+template <class Number, class Start = Nothing>
 SHIFCON_INLINE void multiply_into(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                                   int64_t rows, int64_t columns, int64_t depth, float* c, int64_t c_stride,
-                                  bool accumulate) {
-  multiply(a, a_row, a_depth, b, b_stride, rows, columns, depth, [&](int64_t row, int64_t column, Vector v) {
+                                  bool accumulate, Start&& start = {}) {
+  const auto finish = [&](int64_t row, int64_t column, const auto& v) {
     float* to = c + row * c_stride + column;
-    store(to, accumulate ? load(to) + v : v);
-  });
+#pragma GCC unroll 8
+    for (int j = 0; j < kCountOf<decltype(v)>; ++j)
+      store(to + j * kLanes, accumulate ? load(to + j * kLanes) + v[j] : v[j]);
+  };
+  multiply(a, a_row, a_depth, b, b_stride, rows, columns, depth, finish, start);
 }
 
 }  // namespace

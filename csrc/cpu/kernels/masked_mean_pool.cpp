@@ -10,7 +10,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "vector.h"
+#include "wide.h"
 
 namespace shifcon {
 namespace SHIFCON_LEVEL {
@@ -121,7 +121,9 @@ SHIFCON_FLAT void backward_units(const PoolBackward& p, int64_t begin, int64_t e
   const int64_t width = p.grad.width, units = (p.mask.tokens + p.tokens - 1) / p.tokens;
   const Scratch<float> grad_scratch(width), pooled_scratch(p.pooled.data ? width : 0);
   const Scratch<T> result_scratch(width);
-  T* result = result_scratch.get();
+  const Scratch<T> nothing_scratch(width);
+  T *result = result_scratch.get(), *nothing = nothing_scratch.get();
+  __builtin_memset(nothing, 0, static_cast<size_t>(width) * sizeof(T));
   int64_t last = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit / units, first = unit % units * p.tokens;
@@ -145,11 +147,12 @@ SHIFCON_FLAT void backward_units(const PoolBackward& p, int64_t begin, int64_t e
     }
     T* out = static_cast<T*>(p.grad_h) + (row * p.mask.tokens + first) * width;
     for (int64_t token = 0; token < tokens; ++token, out += width) {
-      const size_t bytes = static_cast<size_t>(width) * sizeof(T);
-      if (selects(p.mask, row, first + token)) __builtin_memcpy(out, result, bytes);
-      else __builtin_memset(out, 0, bytes);
+      const T* from = selects(p.mask, row, first + token) ? result : nothing;
+      if (p.past_cache) copy_row_past_cache(out, from, width);
+      else __builtin_memcpy(out, from, static_cast<size_t>(width) * sizeof(T));
     }
   }
+  if (p.past_cache) drain_stores();
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 #include "gemm.h"
 #include "pairs.h"
-#include "vector.h"
+#include "wide.h"
 
 namespace shifcon {
 namespace SHIFCON_LEVEL {
@@ -29,34 +29,43 @@ constexpr int64_t kRowsAhead = 6;  // fetched while one is worked on
 
 SHIFCON_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-SHIFCON_INLINE int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
-// Some columns of every row.
-SHIFCON_INLINE Rows columns_of(const Rows& rows, int64_t begin, int64_t count) {
-  Rows part = rows;
-  part.data = static_cast<const char*>(rows.data) + begin * rows.width_stride * size_of(rows.dtype);
-  part.width = count;
-  return part;
-}
-
 // Compiled once, not for every dtype of x: what it touches is in panels, or in a table.
 #define SHIFCON_ONCE static __attribute__((noinline)) SHIFCON_FLAT
 
+// Numbers of every row that will be read next, fetched while a product keeps the processor busy: rows of a language lie
+// anywhere, and the hardware does not see the next one coming.
+struct Ahead {
+  const char* data = nullptr;
+  const int64_t* order = nullptr;  // row i is the order[i]-th one
+  int64_t row_bytes = 0, bytes = 0;
+};
+
+// Inlined, for GCC takes a function that does nothing but prefetch for one that does nothing, and drops the call.
+SHIFCON_INLINE void fetch(const Ahead& ahead, int64_t row) {
+  constexpr int64_t kLine = 64;
+  if (ahead.bytes == 0) return;
+  const char* from = ahead.data + ahead.order[row] * ahead.row_bytes;
+  for (int64_t at = 0; at < ahead.bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+}
+
 template <class Number>
 SHIFCON_ONCE void multiply_panels(const Number* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t rows,
-                                  int64_t columns, int64_t depth, float* to, bool accumulate) {
-  multiply_into(a, a_stride, 1, b, b_stride, rows, columns, depth, to, b_stride, accumulate);
+                                  int64_t columns, int64_t depth, float* to, bool accumulate, const Ahead& ahead) {
+  multiply_into(a, a_stride, 1, b, b_stride, rows, columns, depth, to, b_stride, accumulate,
+                [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+                  if (column == 0) fetch(ahead, row);
+                });
 }
 
 // to (columns, width) += aᵀ b, with a (rows, columns) and b (rows, width) panels.
 SHIFCON_ONCE void add_transposed_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                                          int64_t rows, int64_t columns, int64_t width, float* to) {
-  multiply(a, 1, a_stride, b, b_stride, columns, width, rows, [&](int64_t row, int64_t j, Vector v) {
-    const int64_t lanes = smaller(kLanes, width - j);
-    float* at = to + row * width + j;
-    store_lanes(at, load_lanes(at, lanes) + v, lanes);
+  multiply(a, 1, a_stride, b, b_stride, columns, width, rows, [&](int64_t row, int64_t column, const auto& v) {
+    for (int j = 0; j < kCountOf<decltype(v)>; ++j) {
+      const int64_t first = column + j * kLanes, lanes = smaller(kLanes, width - first);
+      float* at = to + row * width + first;
+      store_lanes(at, load_lanes(at, lanes) + v[j], lanes);
+    }
   });
 }
 
@@ -269,6 +278,17 @@ SHIFCON_INLINE void centre_panel(const Projection& p, int64_t begin, int64_t row
   }
 }
 
+// Of the kPanelDepth columns from `column` on, the share that is fetched while columns [at, at + count) of `held` are
+// multiplied.
+SHIFCON_INLINE Ahead next_columns(const Projection& p, int64_t begin, int64_t column, int64_t at, int64_t count,
+                                  int64_t held) {
+  const int64_t columns = smaller(kPanelDepth, p.x.width - column), element = size_of(p.x.dtype);
+  if (columns <= 0 || p.x.leading > 1 || p.x.width_stride != 1) return {};
+  const int64_t first = columns * at / held, last = columns * (at + count) / held;
+  return {static_cast<const char*>(p.x.data) + (column + first) * element, p.order + begin,
+          (p.x.leading > 0 ? p.x.stride[0] : 0) * element, (last - first) * element};
+}
+
 // c V_t of some rows, (rows, line_stride(k)).
 template <class Number, class T>
 SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, const Workspace<Number>& w,
@@ -281,10 +301,29 @@ SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, c
     for (int64_t at = 0; at < held; at += kBasisDepth * kTerms<Number>) {
       const int64_t count = smaller(kBasisDepth * kTerms<Number>, held - at);
       pack(rows_of(p.basis, panel.language, column + at, count), w.directions, stride);
+      const Ahead ahead = next_columns(p, panel.begin, column + held, at, count, held);
       multiply_panels(w.centred + at / kTerms<Number>, kStride, w.directions, stride, rows, rank,
-                      (count + kTerms<Number> - 1) / kTerms<Number>, coefficients, column + at > 0);
+                      (count + kTerms<Number> - 1) / kTerms<Number>, coefficients, column + at > 0, ahead);
     }
   }
+}
+
+// The transpose of rows [row, row + count) of V_t, so that the two vectors of numbers which a product has for kWide
+// columns are a Wide<T>. Columns for which multiply has no whole tile stay in order.
+template <class Number, class T>
+SHIFCON_INLINE void pack_as_wides(const Basis& basis, int64_t language, int64_t row, int64_t count, Number* to,
+                                  int64_t stride) {
+  constexpr int64_t kStrip = kTileVectors * kLanes;
+  int64_t at = 0;
+  if constexpr (kEvenOdd<T>) {
+    for (; at < count / kStrip * kStrip; at += kLanes) {
+      const int64_t first = at / kWide * kWide + (at / kLanes) % 2;
+      const Matrix m = transposed(rows_of(basis, language, row + first, 1));
+      pack(Matrix{m.data, m.dtype, m.depth, kLanes, m.depth_stride, 2 * m.column_stride}, to + at, stride);
+    }
+  }
+  if (at == count) return;
+  pack(transposed(rows_of(basis, language, row + at, count - at)), to + at, stride);
 }
 
 template <class Number, class T>
@@ -307,10 +346,22 @@ SHIFCON_INLINE void project_panel(const Projection& p, const Panel& panel) {
       const float* from = float_row(columns_of(p.mean, column, count), panel.language, mean_scratch);
       for (int64_t i = 0; i < count; ++i) mean[i] = from[i];
     }
-    pack(transposed(rows_of(p.basis, panel.language, column, count)), w.transposed, kStride);
+    Wide<T> wide_mean[kColumns / kWide];
+    arrange(mean, kColumns, wide_mean);
+    pack_as_wides<Number, T>(p.basis, panel.language, column, count, w.transposed, kStride);
     multiply(coefficients, stride, 1, w.transposed, kStride, rows, count, (rank + kTerms<Number> - 1) / kTerms<Number>,
-             [&](int64_t row, int64_t at, Vector v) {
-               store_lanes(out + order[row] * width + column + at, v + load(mean + at), smaller(kLanes, count - at));
+             [&](int64_t row, int64_t at, const auto& v) {
+               T* to = out + order[row] * width + column + at;
+               if constexpr (kCountOf<decltype(v)> == kTileVectors) {
+#pragma GCC unroll 4
+                 for (int j = 0; j < kTileVectors; j += 2) {
+                   const Wide<T> result = Wide<T>{{v[j], v[j + 1]}} + wide_mean[at / kWide + j / 2];
+                   if (p.past_cache) store_result<true>(to + j * kLanes, result, kWide);
+                   else store_wide(to + j * kLanes, result);
+                 }
+               } else {
+                 store_lanes(to, v[0] + load(mean + at), smaller(kLanes, count - at));
+               }
              });
   }
 }
@@ -318,10 +369,12 @@ SHIFCON_INLINE void project_panel(const Projection& p, const Panel& panel) {
 template <class T>
 SHIFCON_INLINE void copy_panel(const Projection& p, const Panel& panel) {
   const int64_t width = p.x.width;
+  const Scratch<T> scratch(p.x.width_stride == 1 ? 0 : width);
   for (int64_t i = panel.begin; i < panel.end; ++i) {
     T* to = static_cast<T*>(p.out) + p.order[i] * width;
-    const T* from = contiguous_row(p.x, p.order[i], to);
-    if (from != to) __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
+    const T* from = contiguous_row(p.x, p.order[i], scratch.get());
+    if (!p.past_cache) __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
+    else copy_row_past_cache(to, from, width);
   }
 }
 
@@ -331,6 +384,7 @@ SHIFCON_FLAT void panels(const Projection& p, int64_t begin, int64_t end) {
     if (p.panels[i].language < 0) copy_panel<T>(p, p.panels[i]);
     else project_panel<Number, T>(p, p.panels[i]);
   }
+  if (p.past_cache) drain_stores();
 }
 
 // G of each segment.

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -81,16 +81,17 @@ SHIFCON_INLINE HalfWords narrowed(Words words) {
   return __builtin_convertvector(words, HalfWords);
 #endif
 }
-SHIFCON_INLINE Words rounded_to_bfloat16(Vector v) {
+// The number is in the upper half of its word; what is below means nothing. A NaN is cut off: what arithmetic makes is
+// quiet and stays one, and so does what came from 16 bits.
+SHIFCON_INLINE Words nearest_bfloat16(Vector v) {
   const Words bits = as_words(v);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words bias = ((bits >> 16) & 1u) + 0x7fffu;
 #if defined(__AVX512F__)
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return reinterpret_cast<Words>(
-      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(rounded), is_nan, _mm512_set1_epi32(0x7fc0)));
+  const __m512i from = reinterpret_cast<__m512i>(bits);
+  const __mmask16 is_number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+  return reinterpret_cast<Words>(_mm512_mask_add_epi32(from, is_number, from, reinterpret_cast<__m512i>(bias)));
 #else
-  const Words is_nan = reinterpret_cast<Words>(v != v);
-  return (rounded & ~is_nan) | (0x7fc0u & is_nan);
+  return bits + (bias & reinterpret_cast<Words>(v == v));
 #endif
 }
 SHIFCON_INLINE Vector load(const BFloat16* from) {
@@ -99,7 +100,7 @@ SHIFCON_INLINE Vector load(const BFloat16* from) {
   return as_vector(widened(half) << 16);
 }
 SHIFCON_INLINE void store(BFloat16* to, Vector v) {
-  const HalfWords half = narrowed(rounded_to_bfloat16(v));
+  const HalfWords half = narrowed(nearest_bfloat16(v) >> 16);
   __builtin_memcpy(to, &half, sizeof half);
 }
 
@@ -190,41 +191,6 @@ SHIFCON_INLINE void store_some(T* to, Vector v, int64_t count) {
   T lanes[kLanes];
   store(lanes, v);
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
-}
-
-// Store v and return what reads back: it is rounded once, not again for the store.
-SHIFCON_INLINE Vector store_rounded(float* to, Vector v) {
-  store(to, v);
-  return v;
-}
-SHIFCON_INLINE Vector store_rounded(BFloat16* to, Vector v) {
-  const Words words = rounded_to_bfloat16(v);
-  const HalfWords half = narrowed(words);
-  __builtin_memcpy(to, &half, sizeof half);
-  return as_vector(words << 16);
-}
-SHIFCON_INLINE Vector store_rounded(Float16* to, Vector v) {
-  store(to, v);
-  return load(to);
-}
-template <class T>
-SHIFCON_INLINE Vector store_rounded_lanes(T* to, Vector v, int64_t count) {
-  if (count == kLanes) return store_rounded(to, v);
-  T lanes[kLanes];
-  const Vector result = store_rounded(lanes, v);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
-  return result;
-}
-
-// v as it reads back after a store in T.
-template <class T>
-SHIFCON_INLINE Vector rounded_as(Vector v) {
-  T lanes[kLanes];
-  return store_rounded(lanes, v);
-}
-template <>
-inline __attribute__((always_inline)) Vector rounded_as<BFloat16>(Vector v) {
-  return as_vector(rounded_to_bfloat16(v) << 16);
 }
 
 SHIFCON_INLINE float sum(Vector v) {
