@@ -1,6 +1,8 @@
 """How the operators and their peers are timed; run ``pytest benchmarks`` (``--smoke`` for tiny sizes, one round).
 
 Calls take turns over inputs that together hold more memory than the last-level cache, so that no cache is warm.
+On the CPU, memory that was freed stays with the process: otherwise the C library returns it to the system or not as
+the order of allocations falls out, and a call that gets fresh pages takes up to three times as long.
 Gradients are dense and random. On CUDA, device time is taken in a CUDA graph and the host's time stands beside
 it; on the CPU it is the clock's. A figure is the median over at least 15 rounds after a warm-up, with the distance
 between the quartiles. Beside milliseconds stand GB/s of the bytes that the operation must move (each input read
@@ -11,7 +13,9 @@ reason.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -45,6 +49,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc serve all sizes from memory that it keeps; other C libraries have their own ways, and are left."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # the machine's name tells a reader nothing
     machine_info["packages"] = {}
@@ -56,6 +73,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["cuda"] = torch.version.cuda
     machine_info["device"] = platform.processor() or platform.machine()
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["environment"] = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "SHIFCON_"))
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         machine_info["device"] = properties.name
