@@ -99,4 +99,4 @@ def time_host(calls: Sequence[Call], rounds: int = ROUNDS) -> Timing:
 def rounds_and_iterations(seconds: float, budget: float = 1.5) -> tuple[int, int]:
     """How often to measure a call of about ``seconds``: at least 15 rounds, each long against the clock's grain."""
     iterations = max(1, round(2e-4 / max(seconds, 1e-7)))
-    return max(ROUNDS, min(101, int(budget / (seconds * iterations)))), iterations
+    return max(ROUNDS, min(601, int(budget / (seconds * iterations)))), iterations

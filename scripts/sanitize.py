@@ -24,7 +24,10 @@ from types import ModuleType
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/contract",
-    *(f"tests/native/test_{name}.py" for name in ("norm", "pooling", "contrastive", "projection")),
+    *(
+        f"tests/native/test_{name}.py"
+        for name in ("norm", "pooling", "contrastive", "projection", "past_cache")
+    ),
 )
 
 # Shapes stay small: those that are about sizes, memory or speed show no access that a small one does not.

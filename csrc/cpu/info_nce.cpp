@@ -34,12 +34,12 @@ std::tuple<Tensor, Tensor, Tensor> loss_of(const Tensor& a, const Tensor& b, dou
   const Tensor row_parts = empty({2, problems, count}, ScalarType::Float);
   const Tensor column_parts = empty({2, problems, count}, ScalarType::Float);
   if (problems == 0) return {loss, row_parts, column_parts};
-  prepare(prepared, normalize, recenter);
   NceForward f = {};
-  f.pair = p;
   f.scale = static_cast<float>(scale);
   f.stripe = stripe_of(p);
   f.stripes = blocks(count, f.stripe);
+  prepare(prepared, normalize, recenter, f.stripes == 1 && problems >= torch::stable::get_num_threads());
+  f.pair = p;
   const Tensor diagonal = empty({problems, count}, ScalarType::Float);
   const Tensor partial = f.stripes > 1 ? empty({f.stripes, 2, problems, count}, ScalarType::Float) : column_parts;
   f.row_parts = static_cast<float*>(row_parts.data_ptr());
@@ -86,7 +86,9 @@ std::vector<Tensor> loss_gradient(const Tensor& grad, const Tensor& a, const Ten
   n.row_parts = parts_of(row_parts, p, "row_parts", kept[0]);
   n.column_parts = parts_of(column_parts, p, "column_parts", kept[1]);
   std::vector<Tensor> results;
-  if (p.problems > 0) prepare(prepared, normalize, recenter);
+  const int64_t count = p.rows_a;
+  const bool whole_problems = count <= kTile && p.problems >= torch::stable::get_num_threads();
+  if (p.problems > 0) prepare(prepared, normalize, recenter, whole_problems);
   OptionalTensor kept_gradient[2];
   n.gradient = gradient_of(prepared, need_a, need_b, a, b, results, kept_gradient);
   if (p.problems == 0 || results.empty()) return results;
@@ -102,8 +104,7 @@ std::vector<Tensor> loss_gradient(const Tensor& grad, const Tensor& a, const Ten
   n.weight = weight.data();
   n.share = share.data();
 
-  const int64_t count = p.rows_a, threads = torch::stable::get_num_threads();
-  if (count <= kTile && p.problems >= threads) {
+  if (whole_problems) {
     auto* kernel = SHIFCON_PICK(nce_backward_whole);
     torch::stable::parallel_for(0, p.problems, grain_of_products(3 * count * count * p.a.width),
                                 [&](int64_t begin, int64_t end) { kernel(n, begin, end); });

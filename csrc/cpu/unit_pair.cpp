@@ -23,14 +23,15 @@ PreparedPair checked_pair(const Tensor& a, const Tensor& b, double scale) {
   return prepared;
 }
 
-void prepare(PreparedPair& prepared, bool normalize, bool recenter) {
+void prepare(PreparedPair& prepared, bool normalize, bool recenter, bool whole_problems) {
   UnitPair& p = prepared.pair;
   if (normalize) {
     prepared.inverse = empty({p.a.count + p.b.count}, ScalarType::Float);
     p.inverse_a = static_cast<float*>(prepared.inverse->data_ptr());
     p.inverse_b = p.inverse_a + p.a.count;
+    p.lengths_by_problem = whole_problems && !recenter;
     auto* lengths = SHIFCON_PICK(pair_lengths);
-    torch::stable::parallel_for(0, p.a.count + p.b.count, grain(p.a.width),
+    torch::stable::parallel_for(0, p.lengths_by_problem ? 0 : p.a.count + p.b.count, grain(p.a.width),
                                 [&](int64_t begin, int64_t end) { lengths(p, begin, end); });
   }
   if (recenter) {

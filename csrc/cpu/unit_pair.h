@@ -18,8 +18,9 @@ struct PreparedPair {
 // Throws unless a is (L, N, d) and b (L, M, d), on the CPU, of one dtype that is not float64. Reads nothing.
 PreparedPair checked_pair(const Tensor& a, const Tensor& b, double scale);
 
-// Lengths (normalize) and means (recenter), by all threads.
-void prepare(PreparedPair& prepared, bool normalize, bool recenter);
+// Lengths (normalize) and means (recenter), by all threads. Where one task will take each whole problem, the lengths
+// are left to it, unless the means need them.
+void prepare(PreparedPair& prepared, bool normalize, bool recenter, bool whole_problems = false);
 
 // Room for the gradients that are needed, appended to `results`, and for what re-centring sums up, in `kept`.
 PairGradient gradient_of(const PreparedPair& prepared, bool need_a, bool need_b, const Tensor& a, const Tensor& b,

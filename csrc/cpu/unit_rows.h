@@ -15,6 +15,8 @@ struct UnitPair {
   int64_t problems, rows_a, rows_b;
   float* inverse_a;  // 1 / ‖a‖ of every row, 0 for a zero row; null where not normalised
   float* inverse_b;
+  // The lengths are yet to be computed: by the task that takes a problem, whose rows are in the cache then.
+  bool lengths_by_problem;
   float* offset;  // mean(u) - mean(v), (L, d); null where not re-centred
   bool pairs;     // rows of bfloat16 are multiplied as they are, by AVX512-BF16, where they are not re-centred
 };

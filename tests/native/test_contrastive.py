@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from shifcon_fast.ops import native_backend
 if (_missing := _native.load("cpu")) is not None:
     pytest.skip(f"{_missing}; compile it with `pip install -e .`", allow_module_level=True)
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = list(_native.LEVELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = list(itertools.product((False, True), repeat=2))  # normalize, recenter
 KERNELS = Path(__file__).resolve().parents[2] / "csrc/cpu/kernels"
@@ -446,19 +445,5 @@ def test_exponentials_are_within_two_ulps(level: str, tmp_path: Path) -> None:
     assert found[1][7] == 1.0
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level(level: str) -> None:
-    """This file again, in a process that uses the kernels of one level; a machine without it uses its best."""
-    if os.environ.get("SHIFCON_CPU_LEVEL") is not None:
-        pytest.skip("this is the process of one level; run without SHIFCON_CPU_LEVEL to start all of them")
-    if level not in LEVELS[: torch.ops.shifcon_fast_cpu.level()]:
-        pytest.skip(f"{level} is what the other tests run, or more than this machine has")
-    selected = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "SHIFCON_CPU_LEVEL": level},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert selected.returncode == 0, selected.stdout[-3000:] + selected.stderr[-1000:]
+def test_every_level(run_again: Callable[[str], None]) -> None:
+    run_again(__file__)

@@ -258,3 +258,7 @@ print(*run(8192))
     forward, backward = map(float, told.stdout.split())
     assert 60 < forward < 72  # MiB; x, y and h have 32 each
     assert 28 < backward < 40
+
+
+def test_every_level(run_again: Callable[[str], None]) -> None:
+    run_again(__file__)

@@ -21,7 +21,7 @@ from torch import Tensor
 from shifcon_fast import _native, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = list(_native.LEVELS)
 # In float32, rows of 16 and 80 numbers begin on cache lines and end in less than the two vectors that kernels
 # take at a time; no row of 100 is written past the cache.
 WIDTHS = (16, 80, 480, 2048, 100)

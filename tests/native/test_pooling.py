@@ -194,3 +194,7 @@ print(*run(torch.empty(32, 512, 2048, dtype=torch.bfloat16).fill_(1)))
     forward, backward = map(float, told.stdout.split())
     assert forward < 4  # MiB; h has 64
     assert 60 < backward < 72
+
+
+def test_every_level(run_again: Callable[[str], None]) -> None:
+    run_again(__file__)

@@ -128,6 +128,7 @@ void forward_stripes(const NceForward& f, int64_t begin, int64_t end) {
     const int64_t problem = task / f.stripes, stripe = task % f.stripes, first = problem * count;
     float* columns = f.column_parts + stripe * 2 * all + first;
     start({columns, columns + all}, count);
+    measure(p, problem);
     const int64_t last = (stripe + 1) * f.stripe < count ? (stripe + 1) * f.stripe : count;
     for (int64_t i = stripe * f.stripe; i < last; i += kTile) {
       const int64_t rows = last - i < kTile ? last - i : kTile;
@@ -250,6 +251,7 @@ void backward_whole(const NceBackward& b, int64_t begin, int64_t end) {
   Projections projections;
   for (int64_t problem = begin; problem < end; ++problem) {
     const Tile tile = {problem, 0, count, 0, count};
+    measure(p, problem);
     logits_of_tile<T>(p, tile, b.scale, scratch);
     if (at_once) to_weights<true>(b, tile, weights, &projections);
     else to_weights<false>(b, tile, weights, nullptr);

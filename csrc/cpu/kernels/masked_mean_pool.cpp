@@ -33,16 +33,10 @@ SHIFCON_INLINE bool selects(const Mask& mask, int64_t row, int64_t token) {
   }
 }
 
-// Σ a · b in independent chains of additions.
+// Σ a · b.
 SHIFCON_INLINE float dot(const float* a, const float* b, int64_t width) {
-  constexpr int64_t kUnroll = 4;
-  Vector total[kUnroll] = {};
-  int64_t at = 0;
-  for (; at + kUnroll * kLanes <= width; at += kUnroll * kLanes)
-    for (int64_t i = 0; i < kUnroll; ++i) total[i] += load(a + at + i * kLanes) * load(b + at + i * kLanes);
-  for (; at + kLanes <= width; at += kLanes) total[0] += load(a + at) * load(b + at);
-  if (at < width) total[1] += load_some(a + at, width - at) * load_some(b + at, width - at);
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  return sum_over<float>(
+      width, [&](int64_t at, int64_t count) { return load_wide(a + at, count) * load_wide(b + at, count); });
 }
 
 SHIFCON_INLINE void scale(float* row, float factor, int64_t width) {

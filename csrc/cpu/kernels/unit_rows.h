@@ -19,9 +19,18 @@
 namespace shifcon {
 namespace SHIFCON_LEVEL {
 
-void pair_total(const PairGradient&, int64_t begin, int64_t end);  // of this level
+// Of this level.
+void pair_lengths(const UnitPair&, int64_t begin, int64_t end);
+void pair_total(const PairGradient&, int64_t begin, int64_t end);
 
 namespace {
+
+// The lengths of a problem's rows, where they were left to the task that takes it.
+SHIFCON_INLINE void measure(const UnitPair& p, int64_t problem) {
+  if (!p.lengths_by_problem) return;
+  pair_lengths(p, problem * p.rows_a, (problem + 1) * p.rows_a);
+  pair_lengths(p, p.a.count + problem * p.rows_b, p.a.count + (problem + 1) * p.rows_b);
+}
 
 constexpr int64_t kTileStride = panel_stride(kTile);
 constexpr int64_t kGradientColumns = 256;  // of a panel that is read once, right after it was widened
