@@ -60,7 +60,7 @@ SHIFCON_INLINE void prefetch(int64_t at, const T* row, Others... rows) {
 
 // y of one row; where h is to go past the cache, from there to `out` as well.
 template <bool kLlama, bool kPastCache, class T, class Factor>
-SHIFCON_INLINE void normalise_row(const T* h, T* out, Factor&& factor, float rstd, T* y, int64_t width,
+SHIFCON_INLINE void normalise_row(const T* h, T* out, const Factor& factor, float rstd, T* y, int64_t width,
                                   const T* next_x, const T* next_residual) {
   const Vector scale = broadcast(rstd);
   for_each_wide(width, [&](int64_t at, int64_t count) {
@@ -93,8 +93,19 @@ class FactorRow {
   const Scratch<Wide<T>> row_;
 };
 
+// f(factor), where factor(position, count) is w or 1 + w: from the weight itself, where it has the type of the rows, as
+// a row of float32 takes twice the room in the first-level cache.
+template <class T, class Function>
+SHIFCON_INLINE void with_factor(const Rows& weight, Dtype dtype, Style style, Function&& f) {
+  if (weight.dtype == dtype && weight.width_stride == 1 && style != Style::gemma) {
+    const T* from = static_cast<const T*>(weight.data);
+    return f([=](int64_t at, int64_t count) { return load_wide(from + at, count); });
+  }
+  f(FactorRow<T>(weight, style));
+}
+
 template <bool kPastCache, class T, class Factor>
-SHIFCON_FLAT void forward_rows(const NormForward& p, Factor&& factor, int64_t begin, int64_t end) {
+SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor& factor, int64_t begin, int64_t end) {
   const int64_t width = p.x.width;
   const Scratch<float> shift_scratch(p.shift.dtype == Dtype::float32 ? room_for_copy(p.shift) : width);
   const Scratch<T> x_scratch(room_for_copy(p.x)), residual_scratch(room_for_copy(p.residual));
@@ -128,19 +139,6 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, Factor&& factor, int64_t be
       normalise_row<false, kPastCache>(h, out, factor, rstd, y, width, next_x, next_residual);
   }
   if (kPastCache) drain_stores();
-}
-
-template <class T>
-void forward_rows(const NormForward& p, int64_t begin, int64_t end) {
-  if (p.weight.dtype == p.x.dtype && p.weight.width_stride == 1 && p.style != Style::gemma) {
-    const T* weight = static_cast<const T*>(p.weight.data);
-    const auto factor = [=](int64_t at, int64_t count) { return load_wide(weight + at, count); };
-    if (p.past_cache) return forward_rows<true, T>(p, factor, begin, end);
-    return forward_rows<false, T>(p, factor, begin, end);
-  }
-  const FactorRow<T> factor(p.weight, p.style);
-  if (p.past_cache) return forward_rows<true, T>(p, factor, begin, end);
-  forward_rows<false, T>(p, factor, begin, end);
 }
 
 // ∂L/∂h of kWide numbers, from their row's mean(g · x̂).
@@ -182,19 +180,18 @@ class BackwardRows {
   const Scratch<T> grad_y_, grad_h_, h_;
 };
 
-template <class T>
-SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const FactorRow<T>& factor, float rstd, int64_t width) {
+template <class T, class Factor>
+SHIFCON_INLINE float mean_along(const BackwardRow<T>& row, const Factor& factor, float rstd, int64_t width) {
   const float total = sum_over<T>(width, [&](int64_t at, int64_t count) {
     return load_wide(row.grad_y + at, count) * factor(at, count) * load_wide(row.h + at, count);
   });
   return total * rstd / static_cast<float>(width);
 }
 
-template <bool kPastCache, class T>
-SHIFCON_FLAT void backward_rows(const NormBackward& p, int64_t first_chunk, int64_t last_chunk) {
+template <bool kPastCache, class T, class Factor>
+SHIFCON_FLAT void backward_rows(const NormBackward& p, const Factor& factor, int64_t first_chunk, int64_t last_chunk) {
   const int64_t width = p.h.width;
   const Scratch<float> partial_scratch(p.grad_weight ? width : 0);
-  const FactorRow<T> factor(p.weight, p.style);
   const BackwardRows<T> rows(p);
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t begin = chunk * p.chunk;
@@ -306,14 +303,22 @@ SHIFCON_FLAT void backward_shift_columns(const NormBackward& p, int64_t begin, i
 }  // namespace
 
 void norm_forward(const NormForward& p, int64_t begin, int64_t end) {
-  with_dtype(p.x.dtype, [&](auto* type) { forward_rows<std::remove_pointer_t<decltype(type)>>(p, begin, end); });
+  with_dtype(p.x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_factor<T>(p.weight, p.x.dtype, p.style, [&](const auto& factor) {
+      if (p.past_cache) forward_rows<true, T>(p, factor, begin, end);
+      else forward_rows<false, T>(p, factor, begin, end);
+    });
+  });
 }
 
 void norm_backward(const NormBackward& p, int64_t begin, int64_t end) {
   with_dtype(p.h.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (p.past_cache) backward_rows<true, T>(p, begin, end);
-    else backward_rows<false, T>(p, begin, end);
+    with_factor<T>(p.weight, p.h.dtype, p.style, [&](const auto& factor) {
+      if (p.past_cache) backward_rows<true, T>(p, factor, begin, end);
+      else backward_rows<false, T>(p, factor, begin, end);
+    });
   });
 }
 
