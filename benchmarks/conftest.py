@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -155,6 +156,41 @@ def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., 
     return run
 
 
+@pytest.fixture
+def take_turns(benchmark: Any, smoke: bool) -> Callable[..., None]:
+    """Time several peers call by call in turn, so that noise which outlasts a call meets all of them alike.
+
+    ``take_turns({peer: calls, …}, case=…)``; one peer is "ours". CPU only. Recorded are, for "ours", ms, rounds and
+    ``times_as_long``: the median time of every other peer over that of ours.
+    """
+
+    def run(peers: dict[str, Sequence[Call]], *, case: str) -> None:
+        turns = {peer: itertools.cycle(calls) for peer, calls in peers.items()}
+        rounds, warmup = (1, 0) if smoke else (301, 10)
+        seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+        for count in range(warmup + rounds):
+            for peer, calls in turns.items():
+                call = next(calls)
+                start = time.perf_counter()
+                call()
+                if count >= warmup:
+                    seconds[peer].append(time.perf_counter() - start)
+        timings = {peer: Timing.of(taken) for peer, taken in seconds.items()}
+        ours = timings.pop("ours")
+        benchmark.group = case
+        benchmark.pedantic(next(turns["ours"]), rounds=1)
+        benchmark.extra_info.update(
+            case=case,
+            peer="ours",
+            ms=ours.median * 1e3,
+            iqr_ms=ours.iqr * 1e3,
+            rounds=rounds,
+            times_as_long={peer: timing.median / ours.median for peer, timing in timings.items()},
+        )
+
+    return run
+
+
 def _on_cpu(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:
     if smoke:
         benchmark.pedantic(calls[0], rounds=1)
@@ -219,4 +255,5 @@ def _line(row: dict[str, Any]) -> str:
         if "tflop_s" in row
         else ""
     )
-    return f"    {row['peer']:24s} {row['ms']:10.4f} ms {spread} {speed} {rate}".rstrip()
+    others = ", ".join(f"{peer} {times:.2f} x" for peer, times in row.get("times_as_long", {}).items())
+    return f"    {row['peer']:24s} {row['ms']:10.4f} ms {spread} {speed} {rate} {others}".rstrip()

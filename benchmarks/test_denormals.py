@@ -60,7 +60,9 @@ def test_denormals(operator: str, numbers: str, measure: Any, device: torch.devi
     x = torch.randn(2, 8, 32) if smoke else torch.randn(8, 64, 1024)
     if numbers == "ours":
         x = x * DENORMAL
-        assert (x != 0).float().mean() > 0.9, "this process takes denormals for zero (torch.set_flush_denormal?)"
+        assert (x != 0).float().mean() > 0.9, (
+            "this process takes denormals for zero (torch.set_flush_denormal?)"
+        )
     call = OPERATORS[operator](x)
     with torch.no_grad():
         measure([call], case=f"denormals, {operator} forward", peer=numbers)

@@ -125,6 +125,18 @@ def check(peer: str, function: Callable[..., tuple[Tensor, Tensor]], values: dic
         assert distance < 2e-2, f"{peer} is off by {distance:.1e}"
 
 
+def backward_call(
+    function: Callable[..., tuple[Tensor, Tensor]], values: dict[str, Tensor], trainable: bool
+) -> Callable[[], Any]:
+    """The backward pass from dense gradients of both results; ``trainable``: into the weight as well."""
+    leaves = [values["x"].requires_grad_(), values["residual"].requires_grad_()]
+    if trainable:
+        leaves.append(values["weight"].requires_grad_())
+    outputs = run(function, values)
+    upper = (values["grad_y"], values["grad_h"])
+    return lambda: torch.autograd.grad(outputs, leaves, upper, retain_graph=True)
+
+
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
@@ -183,15 +195,29 @@ def test_backward(
     function = prepared(peer, smoke)
     check(peer, function, inputs(rows, hidden, device, smoke))
 
-    def call() -> Callable[[], Any]:
-        values = inputs(rows, hidden, device, smoke)
-        leaves = [values["x"].requires_grad_(), values["residual"].requires_grad_()]
-        if weight == "trainable":
-            leaves.append(values["weight"].requires_grad_())
-        outputs = run(function, values)
-        upper = (values["grad_y"], values["grad_h"])
-        return lambda: torch.autograd.grad(outputs, leaves, upper, retain_graph=True)
-
     moved = 4 * rows * hidden * 2
-    calls = [call() for _ in range(rotations(moved))]
+    calls = [
+        backward_call(function, inputs(rows, hidden, device, smoke), weight == "trainable")
+        for _ in range(rotations(moved))
+    ]
     measure(calls, moved=moved, case=f"norm backward, weight {weight}, {rows}x{hidden}", peer=peer)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward, weight frozen"])
+def test_in_turns(
+    direction: str, take_turns: Any, rotations: Callable[[int], int], device: torch.device, smoke: bool
+) -> None:
+    """The memory of a shared machine is slow for seconds at a time: all peers meet the same of it."""
+    if device.type == "cuda":
+        pytest.skip("a GPU is not shared; its peers are timed one after the other, in graphs")
+    rows, hidden = (8, 64) if smoke else (2048, 2048)
+    peers: dict[str, list[Callable[[], Any]]] = {}
+    for peer in ("ours", "eager", "torch.compile"):
+        function = prepared(peer, smoke)
+        sets = [inputs(rows, hidden, device, smoke) for _ in range(rotations(4 * rows * hidden * 2))]
+        if direction == "forward":
+            peers[peer] = [lambda values=values, function=function: run(function, values) for values in sets]
+        else:
+            peers[peer] = [backward_call(function, values, trainable=False) for values in sets]
+    with torch.set_grad_enabled(direction != "forward"):
+        take_turns(peers, case=f"norm {direction}, in turns, {rows}x{hidden}")
