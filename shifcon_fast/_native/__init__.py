@@ -54,6 +54,9 @@ def load(library: str) -> str | None:
     level = os.environ.get("SHIFCON_CPU_LEVEL") or "baseline"
     if library == "cpu" and level not in LEVELS:
         return f"SHIFCON_CPU_LEVEL: got {level!r}; wanted one of {', '.join(LEVELS)}, or no such variable"
+    cache = os.environ.get("SHIFCON_CACHE_BYTES") or None
+    if library == "cpu" and cache is not None and not (cache.isdecimal() and int(cache) > 0):
+        return f"SHIFCON_CACHE_BYTES: got {cache!r}; wanted a whole number of bytes > 0, or no such variable"
     found = _file_of(library)
     if found is None:
         return f"it was installed without the compiled extension ({library}); {_HOW_TO_BUILD[library]}"
