@@ -65,7 +65,7 @@ def copy_sources(folder: Path) -> Path:
     shutil.copy(REPOSITORY / "csrc/ninja_build.py", folder / "csrc")
     for header in (REPOSITORY / "csrc/cpu").glob("*.h"):
         shutil.copy(header, folder / "csrc/cpu")
-    for name in ("library", "levels", "tensors"):
+    for name in ("library", "levels", "cache", "tensors"):
         shutil.copy(REPOSITORY / f"csrc/cpu/{name}.cpp", folder / "csrc/cpu")
     (folder / "shifcon_fast/_native/cpu.abi3.so").write_bytes(b"left by an editable install")
     return folder
