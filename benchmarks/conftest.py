@@ -2,7 +2,7 @@
 
 Calls take turns over inputs that together hold more memory than the last-level cache, so that no cache is warm.
 On the CPU, memory that was freed stays with the process: otherwise the C library returns it to the system or not as
-the order of allocations falls out, and a call that gets fresh pages takes up to three times as long.
+the order of allocations falls out, and a call that gets fresh pages takes longer.
 Gradients are dense and random. On CUDA, device time is taken in a CUDA graph and the host's time stands beside
 it; on the CPU it is the clock's. A figure is the median over at least 15 rounds after a warm-up, with the distance
 between the quartiles. Beside milliseconds stand GB/s of the bytes that the operation must move (each input read

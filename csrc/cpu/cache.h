@@ -1,4 +1,4 @@
-// Which results are written past the cache (kernels/vector.h: store_past_cache).
+// Which results are written past the cache (kernels/wide.h: store_result).
 //
 // An ordinary store fetches the line that it is about to overwrite, which is a third of the traffic of a pass that
 // reads as much as it writes. A result that is small against the last-level cache is better off in it, where the next
