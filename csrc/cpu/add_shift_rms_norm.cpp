@@ -58,9 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   p.y = y.data_ptr();
   p.h = residual || shift ? h.data_ptr() : nullptr;
   p.rstd = static_cast<float*>(rstd.data_ptr());
-  const int64_t element = y.element_size(), results = y.numel() + h.numel();
-  p.past_cache = past_cache(p.y, p.x.width * element, results * element) &&
-                 past_cache(h.data_ptr(), p.x.width * element, results * element);
+  p.past_cache = p.h ? past_cache(y, 2) && past_cache(h, 2) : past_cache(y);
   auto* kernel = SHIFCON_PICK(norm_forward);
   torch::stable::parallel_for(0, p.x.count, grain(p.x.width),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -98,8 +96,7 @@ std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const
   if (need_input) {
     results.push_back(empty(h.sizes(), h.scalar_type()));
     p.grad_input = results.back().data_ptr();
-    const int64_t element = h.element_size();
-    p.past_cache = past_cache(p.grad_input, width * element, h.numel() * element);
+    p.past_cache = past_cache(results.back());
   }
   if (need_weight) {
     results.push_back(empty({width}, ScalarType::Float));

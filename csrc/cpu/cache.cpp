@@ -39,9 +39,11 @@ int64_t cache_bytes() {
   return bytes;
 }
 
-bool past_cache(const void* data, int64_t row_bytes, int64_t bytes) {
+bool past_cache(const Tensor& result, int64_t results) {
   constexpr int64_t kLine = 64;
-  return bytes >= cache_bytes() / 4 && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(data) % kLine == 0;
+  const int64_t element = result.element_size(), row_bytes = result.size(result.dim() - 1) * element;
+  return results * result.numel() * element >= cache_bytes() / 4 && row_bytes % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(result.data_ptr()) % kLine == 0;
 }
 
 }  // namespace shifcon

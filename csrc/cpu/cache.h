@@ -8,14 +8,16 @@
 
 #include <cstdint>
 
+#include "tensors.h"
+
 namespace shifcon {
 
 // The last-level cache in bytes: what the environment variable SHIFCON_CACHE_BYTES says, else what the system says, else
 // 32 MiB; read once.
 int64_t cache_bytes();
 
-// Whether results that begin at `data` in rows of `row_bytes`, `bytes` in all, go past the cache: from a quarter of the
-// last-level cache on (about where glibc's memcpy changes over), if every row begins on a cache line.
-bool past_cache(const void* data, int64_t row_bytes, int64_t bytes);
+// Whether a contiguous result, one of `results` as large that are written together, goes past the cache: from a quarter
+// of the last-level cache on for all of them (about where glibc's memcpy changes over), if its rows begin on cache lines.
+bool past_cache(const Tensor& result, int64_t results = 1);
 
 }  // namespace shifcon

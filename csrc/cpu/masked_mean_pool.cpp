@@ -94,7 +94,7 @@ Tensor pool_gradient(const Tensor& grad, const Tensor& pooled, const Tensor& fac
   p.factor = static_cast<const float*>(factor.data_ptr());
   p.factor_stride = factor.stride(0);
   p.grad_h = result.data_ptr();
-  p.past_cache = past_cache(p.grad_h, width * result.element_size(), result.numel() * result.element_size());
+  p.past_cache = past_cache(result);
   p.tokens = unit_of(p.mask.tokens, batch, p.mask.tokens, 1);
   auto* kernel = SHIFCON_PICK(pool_backward);
   torch::stable::parallel_for(0, batch * ceil_div(p.mask.tokens, p.tokens), grain(p.tokens * width),

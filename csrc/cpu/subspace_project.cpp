@@ -148,9 +148,8 @@ void project_all(const Projection& p, const Groups& groups) {
 }
 
 void set_out(Projection& p, const Tensor& result) {
-  const int64_t element = result.element_size();
   p.out = result.data_ptr();
-  p.past_cache = past_cache(p.out, p.x.width * element, result.numel() * element);
+  p.past_cache = past_cache(result);
 }
 
 bool in_pairs(const Rows& x) { return x.dtype == Dtype::bfloat16 && level() == Level::avx512_bf16; }

@@ -31,8 +31,10 @@ void prepare(PreparedPair& prepared, bool normalize, bool recenter, bool whole_p
     p.inverse_b = p.inverse_a + p.a.count;
     p.lengths_by_problem = whole_problems && !recenter;
     auto* lengths = SHIFCON_PICK(pair_lengths);
-    torch::stable::parallel_for(0, p.lengths_by_problem ? 0 : p.a.count + p.b.count, grain(p.a.width),
-                                [&](int64_t begin, int64_t end) { lengths(p, begin, end); });
+    if (!p.lengths_by_problem) {
+      torch::stable::parallel_for(0, p.a.count + p.b.count, grain(p.a.width),
+                                  [&](int64_t begin, int64_t end) { lengths(p, begin, end); });
+    }
   }
   if (recenter) {
     prepared.offset = empty({p.problems, p.a.width}, ScalarType::Float);

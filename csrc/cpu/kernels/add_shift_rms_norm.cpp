@@ -113,26 +113,26 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor& factor, int64
   for (int64_t row = begin; row < end; ++row) {
     const T* x = contiguous_row(p.x, row, x_scratch.get());
     const T* h = x;
+    T* out = p.h ? static_cast<T*>(p.h) + row * width : nullptr;
     float squares;
     if (p.h == nullptr) {
       squares = square_sum(x, width);
     } else {
-      T* out = kPastCache ? h_scratch.get() : static_cast<T*>(p.h) + row * width;
+      T* row_h = kPastCache ? h_scratch.get() : out;
       const T* residual = p.residual.data ? contiguous_row(p.residual, row, residual_scratch.get()) : nullptr;
       const int64_t id = p.shift.data ? id_of_row(p.index, row) : -1;
       const float* shift = id >= 0 ? float_row(p.shift, id, shift_scratch.get()) : nullptr;
-      if (residual && shift) squares = add_row<true, true>(x, residual, shift, out, width);
-      else if (residual) squares = add_row<true, false>(x, residual, shift, out, width);
-      else if (shift) squares = add_row<false, true>(x, residual, shift, out, width);
-      else squares = copy_row(x, out, width);
-      h = out;
+      if (residual && shift) squares = add_row<true, true>(x, residual, shift, row_h, width);
+      else if (residual) squares = add_row<true, false>(x, residual, shift, row_h, width);
+      else if (shift) squares = add_row<false, true>(x, residual, shift, row_h, width);
+      else squares = copy_row(x, row_h, width);
+      h = row_h;
     }
     const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + p.eps);
     p.rstd[row] = rstd;
     T* y = static_cast<T*>(p.y) + row * width;
     const T* next_x = row + 1 < end ? row_start<T>(p.x, row + 1) : h;
     const T* next_residual = row + 1 < end && p.residual.data ? row_start<T>(p.residual, row + 1) : h;
-    T* out = p.h ? static_cast<T*>(p.h) + row * width : nullptr;
     if (p.style == Style::llama)
       normalise_row<true, kPastCache>(h, out, factor, rstd, y, width, next_x, next_residual);
     else

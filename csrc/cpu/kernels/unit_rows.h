@@ -279,9 +279,7 @@ template <class T>
 SHIFCON_NOINLINE void finish_columns(const Rows& x, int64_t row, int64_t rows, int64_t column, int64_t columns,
                                      const float* inverse, const float* projections, const float* g, int64_t stride,
                                      T* scratch, T* to) {
-  Rows some = x;
-  some.data = static_cast<const T*>(x.data) + column * x.width_stride;
-  some.width = columns;
+  const Rows some = columns_of(x, column, columns);
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = contiguous_row(some, row + i, scratch);
     const Vector unit = broadcast(inverse ? inverse[row + i] : 1.0f);

@@ -201,12 +201,16 @@ SHIFCON_INLINE float sum(Vector v) {
   return lanes[0];
 }
 
-// f(position, count) over a row, vector by vector; count is kLanes, or what is left in the last one.
+// f(position, count) over a row in steps of kStep; count is kStep, or what is left in the last one.
+template <int64_t kStep, class Function>
+SHIFCON_INLINE void for_each_step(int64_t width, Function&& f) {
+  int64_t at = 0;
+  for (; at + kStep <= width; at += kStep) f(at, kStep);
+  if (at < width) f(at, width - at);
+}
 template <class Function>
 SHIFCON_INLINE void for_each_vector(int64_t width, Function&& f) {
-  int64_t at = 0;
-  for (; at + kLanes <= width; at += kLanes) f(at, kLanes);
-  if (at < width) f(at, width - at);
+  for_each_step<kLanes>(width, f);
 }
 
 template <class T>

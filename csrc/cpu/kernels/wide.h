@@ -234,12 +234,9 @@ SHIFCON_INLINE void copy_past_cache(T* to, const T* from, int64_t count) {
 
 // --- rows
 
-// f(position, count) over a row; count is kWide, or what is left in the last one.
 template <class Function>
 SHIFCON_INLINE void for_each_wide(int64_t width, Function&& f) {
-  int64_t at = 0;
-  for (; at + kWide <= width; at += kWide) f(at, kWide);
-  if (at < width) f(at, width - at);
+  for_each_step<kWide>(width, f);
 }
 
 template <class T>
