@@ -22,6 +22,7 @@ class GuardedGroup(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        _show_messages()
         if os.environ.get("SHIFCON_DEBUG"):
             return super().invoke(ctx)
         try:
@@ -37,6 +38,21 @@ class GuardedGroup(TyperGroup):
             _fail(str(error), 1)
         except ArithmeticError as error:
             _fail(str(error), 1)
+
+
+class _Console(logging.Handler):
+    """Prints what the package logs: what was guessed, left out or not engaged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        typer.secho(self.format(record), err=True, fg=typer.colors.YELLOW if warning else None)
+
+
+def _show_messages() -> None:
+    logger = logging.getLogger("shifcon_fast")
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+    logger.setLevel(logging.INFO)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -66,7 +82,8 @@ Parallel = Annotated[
     str,
     typer.Option(
         "--parallel",
-        help='Parallel sentences: JSON Lines with {"en": "...", "sw": "..."} a line, or a dataset id.',
+        help='Parallel sentences: {"en": "...", "sw": "..."} a row, as JSON Lines, JSON, CSV, TSV or Parquet, or a '
+        "dataset id.",
     ),
 ]
 Quantization = Annotated[
@@ -74,20 +91,28 @@ Quantization = Annotated[
 ]
 Languages = Annotated[
     Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
-    typer.Option("--languages", help="Comma-separated codes to use, such as en,sw,bn. Default: all."),
+    typer.Option(
+        "--languages",
+        help="Comma-separated codes to use, such as en,sw,bn, in any form (swh_Latn, pt-BR). Default: all.",
+    ),
 ]
 AllowMissing = Annotated[
-    bool, typer.Option("--allow-missing", help="Drop rows in which a language is missing.")
+    bool,
+    typer.Option("--allow-missing", help="Drop rows in which a language is missing (null, NaN or blank)."),
 ]
 RemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless you trust it."),
 ]
+Base = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", help="Base model of the run, if it is no longer where it was trained from."),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sentences a batch.")]
 
 
 def _split(codes: str | None) -> list[str] | None:
-    return [code.strip() for code in codes.split(",") if code.strip()] if codes else None
+    return codes.replace(",", " ").split() or None if codes else None
 
 
 @app.command()
@@ -203,7 +228,12 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option("--against", help="A second model or run (or its evaluation folder) to compare with."),
     ] = None,
+    pivot: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--pivot", help="The dominant language. Default: the run's, or en."),
+    ] = None,
     languages: Languages = None,
+    base: Base = None,
     quantization: Quantization = "nf4",
     batch_size: BatchSize = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -226,7 +256,9 @@ def evaluate(
             parallel=parallel,
             questions=questions,
             against=against,
+            pivot=pivot,
             languages=_split(languages),
+            base=base,
             quantization=quantization,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -252,6 +284,8 @@ def generate(
         Optional[str],  # noqa: UP045
         typer.Option("--quantization", help="nf4 or none. Default: as the run was trained."),
     ] = None,
+    base: Base = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Answer prompts with a trained run, shifted by their language.
 
@@ -267,6 +301,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         quantization=quantization,
+        base=base,
+        trust_remote_code=trust_remote_code,
     ):
         typer.echo(answer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
 from shifcon_fast.data.instructions import read_instructions
+from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
@@ -35,7 +36,11 @@ AREA_FILE = "area.json"
 
 
 def open_model(
-    name: str, *, quantization: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> tuple[Any, Any]:
     """Open a run folder (attached), a model folder or a Hugging Face id, frozen and in eval mode.
 
@@ -43,6 +48,7 @@ def open_model(
         name: which.
         quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
         trust_remote_code: run code that comes with the model.
+        base: the base model of a run, if it is no longer where it was.
 
     Returns:
         The model and its tokenizer.
@@ -55,8 +61,8 @@ def open_model(
         )
         return model, _tokenizer(name, trust_remote_code)
     card = read_card(name)
-    model = load(name, quantization=quantization, trust_remote_code=trust_remote_code)
-    source = name if (Path(name) / "tokenizer_config.json").is_file() else card["base_model"]
+    model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+    source = name if (Path(name) / "tokenizer_config.json").is_file() else base or card["base_model"]
     tokenizer = _tokenizer(source, trust_remote_code)
     if not card["training"].get("use_chat_template", True):
         tokenizer.chat_template = None  # so that prompts look as they did in training
@@ -92,8 +98,7 @@ def profile(
 ) -> str:
     """Estimate and save a language space, its recommended area (``area.json``) and a plot of the distances."""
     sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
-    if pivot not in sentences:
-        raise ValueError(f"pivot: got {pivot!r}; {parallel} has {', '.join(sentences)}")
+    pivot = _pivot_of(pivot, sentences, parallel)
     loaded, tokenizer = open_model(model, quantization=quantization, trust_remote_code=trust_remote_code)
     space = estimate_space(
         loaded,
@@ -120,6 +125,16 @@ def profile(
     return "\n".join([_space_table(space, area), "", area.reason, "", f"written to {output}"])
 
 
+def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
+    """The pivot as the data writes it."""
+    found = find_language(pivot, sentences)
+    if found is None:
+        raise ValueError(
+            f"pivot: got {pivot!r}; {source} has {', '.join(sentences)}; choose one of them with --pivot"
+        )
+    return found
+
+
 def _space_table(space: LanguageSpace, area: Area) -> str:
     others = [language for language in space.languages if language != space.pivot]
     lines = ["boundary  distance  noise floor  mean gap  BOS share"]
@@ -139,11 +154,11 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     resume = _where_to_start(run, output)
     parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
     instructions = read_instructions(run.instructions)
-    if arguments.pivot not in parallel:
-        raise ValueError(f"pivot: got {arguments.pivot!r}; {run.parallel} has {', '.join(parallel)}")
+    _pivot_of(arguments.pivot, parallel, run.parallel)
     space = LanguageSpace.load(run.space) if run.space else None
     known = space.languages if space else tuple(parallel)
-    if unknown := sorted({each.language for each in instructions} - set(known)):
+    spoken = dict.fromkeys(each.language for each in instructions)
+    if unknown := [each for each in spoken if find_language(each, known) is None]:
         raise ValueError(
             f"instructions: {run.instructions} has {', '.join(map(repr, unknown))}, which the language space does "
             f"not know ({', '.join(known)}); profile with these languages or leave the rows out"
@@ -179,7 +194,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
         arguments,
         processing_class=tokenizer,
         train_dataset=instructions,
-        parallel={language: parallel[language] for language in space.languages if language in parallel},
+        parallel={each: texts for each, texts in parallel.items() if find_language(each, space.languages)},
         space=space,
     )
     result = trainer.train(resume_from_checkpoint=resume)
@@ -220,19 +235,39 @@ def evaluate(
     max_new_tokens: int = 256,
     allow_missing: bool = False,
     trust_remote_code: bool = False,
+    pivot: str | None = None,
+    base: str | None = None,
 ) -> str:
-    """Evaluate a model or run into ``evaluation.json``, and compare it with a second one if there is one."""
+    """Evaluate a model or run into ``evaluation.json``, and compare it with a second one if there is one.
+
+    ``pivot``: None takes the run's, and ``en`` for other models. It is among the languages of the parallel text
+    whether or not ``languages`` has it.
+    """
     if parallel is None and questions is None:
         raise ValueError("parallel, questions: neither given; wanted at least one to measure on")
+    if pivot is None:
+        pivot = (read_card(model)["pivot"] if _is_run(model) else None) or "en"
+    text = None
+    if parallel is not None:
+        wanted = None if languages is None else list(languages)
+        if wanted is not None and find_language(pivot, wanted) is None:
+            wanted.insert(0, pivot)
+        text = read_parallel(parallel, allow_missing=allow_missing, languages=wanted)
+        pivot = _pivot_of(pivot, text, parallel)
     settings: dict[str, Any] = {
-        "parallel": read_parallel(parallel, allow_missing=allow_missing, languages=languages)
-        if parallel
+        "parallel": text,
+        "questions": read_questions(questions, languages=languages, allow_missing=allow_missing)
+        if questions
         else None,
-        "questions": read_questions(questions, languages=languages) if questions else None,
+        "pivot": pivot,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
-    options: dict[str, Any] = {"quantization": quantization, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "quantization": quantization,
+        "trust_remote_code": trust_remote_code,
+        "base": base,
+    }
     sources = {"parallel": parallel, "questions": questions}
     result = _measure(model, settings, options, sources)
     result.save(output)
@@ -307,13 +342,17 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     quantization: str | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[str]:
     """Yield the answer to each prompt, shifted by ``language`` where the model is a run with a language space."""
     if not prompts:
         raise ValueError(
             "prompts: none given; wanted one or more, as arguments or a line each on standard input"
         )
-    loaded, tokenizer = open_model(model, quantization=quantization)
+    loaded, tokenizer = open_model(
+        model, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+    )
     handle = getattr(loaded, "shifcon", None)
     if handle is None:
         raise ValueError(f"model: {model} has no language space to shift with; wanted the folder of a run")

@@ -1,4 +1,4 @@
-"""Reading parallel sentences, instructions and questions: from JSON Lines, Hugging Face datasets or memory."""
+"""Reading parallel sentences, instructions and questions from files, datasets and memory; language codes."""
 
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction, Turn, read_instructions

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import Row, check_text, read_rows
+from shifcon_fast.data.rows import Row, Source, check_text, read_rows
 
 Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
@@ -36,20 +35,21 @@ class Instruction:
         return Instruction(language, (Turn("user", prompt), Turn("assistant", response)), where)
 
 
-def read_instructions(source: str | Path | Sequence[Instruction]) -> list[Instruction]:
-    """Read instructions from JSON Lines or a Hugging Face dataset (``id[:config[:split]]``).
+def read_instructions(source: Source | Sequence[Instruction]) -> list[Instruction]:
+    """Read instructions from whatever :func:`~shifcon_fast.data.rows.read_rows` reads, or take ready ones.
 
     Each row is ``{"lang": "sw", "prompt": "...", "response": "..."}`` or ``{"lang": "sw", "messages": [...]}`` with
-    messages ``{"role": "user", "content": "..."}``. A sequence of ready instructions passes through.
+    messages ``{"role": "user", "content": "..."}``.
 
     Raises:
         DataError: a row of another form, empty text, an unknown role, a conversation without a response at its end.
     """
-    if isinstance(source, (str, Path)):
-        return [_parse(row) for row in read_rows(source)]
-    if not source or not all(isinstance(item, Instruction) for item in source):
-        raise DataError("instructions: wanted a file, a dataset id or a non-empty sequence of Instruction")
-    return list(source)
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if not source:
+            raise DataError("instructions: got an empty sequence; wanted at least one")
+        if all(isinstance(item, Instruction) for item in source):
+            return [item for item in source if isinstance(item, Instruction)]
+    return [_parse(row) for row in read_rows(source)]  # type: ignore[arg-type]
 
 
 def _parse(row: Row) -> Instruction:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import Row, check_text, is_language, read_rows
+from shifcon_fast.data.languages import find_language, nearest, refuse_repeated
+from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
+
+Parallel = Source | Mapping[str, Iterable[str]]
+"""Aligned sentences: rows with a field a language, in any source, or ``{language: [sentence, ...]}``."""
 
 
 def read_parallel(
-    source: str | Path | Mapping[str, Sequence[str]],
+    source: Parallel,
     *,
     languages: Sequence[str] | None = None,
     allow_missing: bool = False,
@@ -20,38 +24,42 @@ def read_parallel(
     """Read sentences aligned by position: ``result["sw"][i]`` translates ``result["en"][i]``.
 
     Args:
-        source: a JSON Lines file with one ``{"en": "...", "sw": "...", ...}`` a line; a Hugging Face dataset
-            (``id``, ``id:config`` or ``id:config:split``) or dataset folder with such columns, or with the
-            ``translation`` column of ``datasets.features.Translation``; or a mapping of language to sentences.
-        languages: which languages to read, in this order; None reads every field whose name is two or three
-            lower-case letters and whose value is a string. Names of another form (``zh-Hans``) must be listed here.
-        allow_missing: drop the rows in which one of the languages is missing, instead of refusing them.
+        source: rows ``{"en": "...", "sw": "...", ...}``, or with such a value in the ``translation`` column of
+            ``datasets.features.Translation``, in whatever :func:`~shifcon_fast.data.rows.read_rows` reads: a file,
+            a Hugging Face dataset (``id``, ``id:config`` or ``id:config:split``), a ``datasets.Dataset``, a list of
+            dicts; or a mapping of language to sentences.
+        languages: which languages to read, in this order, and the names they have in the result; codes may be
+            written otherwise than in the data (``sw`` finds ``swh_Latn``), and names of any form can be listed.
+            None reads what :func:`~shifcon_fast.data.columns.language_fields` takes for a language, and logs which.
+        allow_missing: drop the rows in which one of the languages is missing (null, NaN, or nothing visible),
+            instead of refusing them.
 
     Returns:
         At least two sentences for each language, all lists equally long.
 
     Raises:
         DataError: malformed rows, a language missing (in some rows or altogether), an empty sentence, fewer than
-            two sentences. The message names the file and the line.
+            two sentences, two fields for one language. The message names the file and the line.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and not _is_splits(source):
         name, rows = "the given mapping", _rows_of_mapping(source)
+        refuse_repeated(list(source), name)
         known = list(source)
     else:
-        name = str(source)
-        rows = [Row(row.where, _sentences(row.value)) for row in read_rows(source)]
-        known = list(
-            dict.fromkeys(key for row in rows for key, value in row.value.items() if is_language(key, value))
-        )
-    wanted = _wanted_languages(name, rows, known, languages)
+        read = read_rows(source)  # type: ignore[arg-type]
+        name = source_name(source)
+        declared = any(isinstance(row.value.get("translation"), Mapping) for row in read)
+        rows = [Row(row.where, _sentences(row.value)) for row in read]
+        known = language_fields(rows, name, declared=declared) if languages is None else []
+    fields = _wanted_fields(name, rows, known, languages)
 
     complete, missing = [], Counter[str]()
     first = ""
     for row in rows:
-        absent = [language for language in wanted if row.value.get(language) is None]
-        for language in wanted:
-            if language not in absent:
-                check_text(row.value[language], row.where, f"{language!r}")
+        absent = [each for each in fields.values() if _is_absent(row.value.get(each), allow_missing)]
+        for each in fields.values():
+            if each not in absent:
+                check_text(row.value[each], row.where, f"{each!r}")
         if absent:
             missing.update(absent)
             first = first or f"{row.where} lacks {', '.join(map(repr, absent))}"
@@ -63,13 +71,23 @@ def read_parallel(
         )
         raise DataError(
             f"{name}: a language is missing: {counts} (first: {first}). Wanted every language in every row; "
-            f"allow_missing (--allow-missing) drops these rows, `languages` leaves languages out"
+            "allow_missing (--allow-missing) drops these rows, `languages` (--languages) leaves languages out"
         )
     if len(complete) < 2:
         raise DataError(
-            f"{name}: {len(complete)} complete row(s) for {', '.join(wanted)}; wanted at least two sentences"
+            f"{name}: {len(complete)} complete row(s) for {', '.join(fields)}; wanted at least two sentences"
         )
-    return {language: [row[language] for row in complete] for language in wanted}
+    return {language: [row[each] for row in complete] for language, each in fields.items()}
+
+
+def _is_absent(value: object, allow_missing: bool) -> bool:
+    """Whether a row lacks a sentence. A string with nothing visible counts only if rows may be dropped."""
+    return is_missing(value) and (allow_missing or not isinstance(value, str))
+
+
+def _is_splits(source: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a ``DatasetDict`` of splits, which the reader of rows refuses with advice."""
+    return any(hasattr(value, "column_names") for value in source.values())
 
 
 def _sentences(row: dict[str, Any]) -> dict[str, Any]:
@@ -77,42 +95,53 @@ def _sentences(row: dict[str, Any]) -> dict[str, Any]:
     return dict(translation) if isinstance(translation, Mapping) else row
 
 
-def _rows_of_mapping(source: Mapping[str, Sequence[str]]) -> list[Row]:
+def _rows_of_mapping(source: Mapping[str, Iterable[str]]) -> list[Row]:
     if not source:
         raise DataError("the given mapping holds no language; wanted {language: [sentence, ...]}")
+    lists = {}
     for language, sentences in source.items():
-        if not isinstance(language, str) or isinstance(sentences, str) or not isinstance(sentences, Sequence):
+        if not isinstance(language, str) or isinstance(sentences, str) or not isinstance(sentences, Iterable):
             raise DataError(
                 f"the given mapping has {language!r}: {type(sentences).__name__}; wanted a language code and a list"
             )
-    lengths = {language: len(sentences) for language, sentences in source.items()}
+        lists[language] = list(sentences)
+    lengths = {language: len(sentences) for language, sentences in lists.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(
             f"the given mapping has lists of unequal length, {lengths}; wanted them aligned by position"
         )
     return [
-        Row(f"sentence {index} (from 0) of the given mapping", dict(zip(source, sentences, strict=True)))
-        for index, sentences in enumerate(zip(*source.values(), strict=True))
+        Row(f"sentence {index} (from 0) of the given mapping", dict(zip(lists, sentences, strict=True)))
+        for index, sentences in enumerate(zip(*lists.values(), strict=True))
     ]
 
 
-def _wanted_languages(
+def _wanted_fields(
     name: str, rows: list[Row], known: list[str], languages: Sequence[str] | None
-) -> list[str]:
+) -> dict[str, str]:
+    """Language, as the result names it → field of the data."""
     if languages is None:
         if not known:
             keys = ", ".join(repr(key) for key in rows[0].value) if rows else "nothing"
             raise DataError(
-                f"{name}: no language found (the first row has {keys}); wanted keys of two or three lower-case "
-                f"letters with strings, as in {{'en': '...', 'sw': '...'}}"
+                f"{name}: no language found (the first row has {keys}); wanted fields named by language codes, "
+                "with strings, as in {'en': '...', 'sw': '...'}; fields of other names are read if `languages` "
+                "(--languages) lists them"
             )
-        return known
+        return {language: language for language in known}
     if isinstance(languages, str) or not languages:
         raise DataError(f"languages: got {languages!r}; wanted a list of language codes")
     wanted = list(dict.fromkeys(languages))
-    present = {key for row in rows for key, value in row.value.items() if value is not None}
-    if unknown := [language for language in wanted if language not in present]:
+    refuse_repeated(wanted, "languages")
+    present = list(
+        dict.fromkeys(key for row in rows for key, value in row.value.items() if isinstance(value, str))
+    )
+    found = {language: find_language(language, present) for language in wanted}
+    if unknown := [language for language, field in found.items() if field is None]:
+        near = [each for language in unknown for each in nearest(language, present)]
+        advice = f"; if {near[0]!r} is meant, write that" if near else ""
+        shown = known or language_fields(rows, name)
         raise DataError(
-            f"{name}: no row has {', '.join(map(repr, unknown))}; found {', '.join(known) or 'none'}"
+            f"{name}: no row has {', '.join(map(repr, unknown))}; found {', '.join(shown) or 'none'}{advice}"
         )
-    return wanted
+    return {language: field for language, field in found.items() if field is not None}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import Row, check_text, is_language, read_rows
+from shifcon_fast.data.languages import find_language, refuse_repeated
+from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
 
 Answer = int | float | str
+_OTHER_FIELDS = ("row", "answer", "lang", "question", "prompt", "choices")
 
 
 @dataclass(frozen=True)
@@ -23,51 +25,97 @@ class Question:
 
 
 def read_questions(
-    source: str | Path | Sequence[Question], *, languages: Sequence[str] | None = None
+    source: Source | Sequence[Question],
+    *,
+    languages: Sequence[str] | None = None,
+    allow_missing: bool = False,
 ) -> list[Question]:
-    """Read questions from JSON Lines or a Hugging Face dataset (``id[:config[:split]]``).
+    """Read questions from whatever :func:`~shifcon_fast.data.rows.read_rows` reads, or take ready ones.
 
     A row holds the question in several languages, ``{"answer": 18, "en": "...", "sw": "..."}``, and gives one
     :class:`Question` a language; or it holds one, ``{"lang": "sw", "question": "...", "answer": "Nairobi"}``
     (``prompt`` is taken for ``question``). ``answer`` is a number or a string. An integer ``row`` field numbers the
     question; rows without one are numbered from 0 by their place.
 
+    Args:
+        source: a file, a Hugging Face dataset (``id[:config[:split]]``), rows in memory, or ready questions.
+        languages: which to keep, and the names they have in the result; codes may be written otherwise than in the
+            data. Fields of any name can be listed. None reads what
+            :func:`~shifcon_fast.data.columns.language_fields` takes for a language.
+        allow_missing: leave out a question that is missing in a language (nothing visible), instead of refusing it.
+
     Raises:
         DataError: no answer, no question, empty text, or a language of ``languages`` that the data lacks.
     """
-    if isinstance(source, (str, Path)):
-        name = str(source)
-        questions = [
-            question for index, row in enumerate(read_rows(source)) for question in _parse(row, index)
-        ]
-    else:
+    if isinstance(source, Sequence) and source and all(isinstance(item, Question) for item in source):
         name, questions = "the given questions", list(source)
-    if languages is None:
-        return questions
+    else:
+        name, rows = source_name(source), read_rows(source)  # type: ignore[arg-type]
+        fields = _fields(rows, name, languages)
+        questions = [
+            question
+            for index, row in enumerate(rows)
+            for question in _parse(
+                row, index, fields, allow_missing=allow_missing, some_only=languages is not None
+            )
+        ]
     known = list(dict.fromkeys(question.language for question in questions))
-    if unknown := [language for language in languages if language not in known]:
+    if languages is None:
+        refuse_repeated(known, name)
+        return questions
+    refuse_repeated(languages, "languages")
+    found = {language: find_language(language, known) for language in languages}
+    if unknown := [language for language, name_there in found.items() if name_there is None]:
         raise DataError(f"{name}: no question in {', '.join(map(repr, unknown))}; found {', '.join(known)}")
-    return [question for question in questions if question.language in set(languages)]
+    shown = {name_there: language for language, name_there in found.items()}
+    return [
+        replace(question, language=shown[question.language])
+        for question in questions
+        if question.language in shown
+    ]
 
 
-def _parse(row: Row, index: int) -> list[Question]:
+def _fields(rows: Sequence[Row], name: str, languages: Sequence[str] | None) -> list[str]:
+    """The fields that hold the question in a language, of the rows that do not name one in ``lang``."""
+    several = [row for row in rows if "lang" not in row.value]
+    if not several:
+        return []
+    if languages is None:
+        return language_fields(several, name, known=_OTHER_FIELDS)
+    present = list(dict.fromkeys(key for row in several for key in row.value if key not in _OTHER_FIELDS))
+    found = [find_language(language, present) for language in languages]
+    listed = [field for field in found if field is not None]
+    return listed if len(listed) == len(found) else language_fields(several, name, known=_OTHER_FIELDS)
+
+
+def _parse(
+    row: Row, index: int, fields: Sequence[str], *, allow_missing: bool, some_only: bool
+) -> list[Question]:
+    """The questions of a row in ``fields``; with ``some_only`` there may be none, since it has other languages."""
     answer = row.value.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, (int, float, str)) or answer == "":
         raise DataError(f"{row.where}: 'answer' is {answer!r}; wanted a number or a string")
-    number = row.value.get("row")
-    number = number if isinstance(number, int) else index
+    number = _row_number(row.value.get("row"), index)
     if "lang" in row.value:
         language = check_text(row.value["lang"], row.where, "'lang'")
         key = "question" if row.value.get("question") is not None else "prompt"
         return [Question(number, language, check_text(row.value.get(key), row.where, "'question'"), answer)]
-    found = [
-        Question(number, key, check_text(value, row.where, f"{key!r}"), answer)
-        for key, value in row.value.items()
-        if is_language(key, value)
-    ]
-    if not found:
+    values = {key: row.value[key] for key in fields if row.value.get(key) is not None}
+    if allow_missing:
+        values = {key: value for key, value in values.items() if not is_missing(value)}
+    elif not values and not some_only:
         raise DataError(
             f"{row.where}: has {', '.join(map(repr, row.value))}; wanted a question under a language code, "
             f"as in {{'answer': 18, 'en': '...'}}, or 'lang', 'question' and 'answer'"
         )
-    return found
+    return [
+        Question(number, key, check_text(value, row.where, f"{key!r}"), answer)
+        for key, value in values.items()
+    ]
+
+
+def _row_number(value: object, index: int) -> int:
+    """A row's own number, also as the text of a CSV field; else its place."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else index

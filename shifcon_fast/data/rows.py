@@ -1,18 +1,26 @@
-"""Rows of a JSON Lines file or of a Hugging Face dataset, each with the place it came from."""
+"""Rows of a data source, whatever it comes in, each with the place it came from."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shifcon_fast.data.errors import DataError
 
-_LANGUAGE_KEY = re.compile(r"[a-z]{2,3}")
+Source = str | Path | Iterable[Mapping[str, Any]]
+"""A file, a dataset folder, a Hugging Face dataset id, or rows in memory (dataset, DataFrame, list of dicts)."""
+
+FILE_KINDS = "JSON Lines, a JSON array, CSV, TSV or Parquet, also compressed"
 _DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_NAME = re.compile(
+    r"\.(jsonl?|ndjson|txt|csv|tsv|tab|parquet|arrow|xlsx?|zip|gz|bz2|xz|zst)$", re.IGNORECASE
+)
+_BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")  # Hangul fillers and the blank Braille pattern
 
 
 @dataclass(frozen=True)
@@ -23,20 +31,29 @@ class Row:
     value: dict[str, Any]
 
 
-def is_language(key: str, value: object) -> bool:
-    """Whether a field is a sentence in some language: a two- or three-letter lower-case key with a string.
+def source_name(source: object) -> str:
+    """What to call a source in messages."""
+    return str(source) if isinstance(source, (str, Path)) else "the given rows"
 
-    The value decides too: ``"id": "Halo"`` is Indonesian, ``"id": 7`` and ``"row": 7`` are numbers of rows.
-    """
-    return isinstance(value, str) and _LANGUAGE_KEY.fullmatch(key) is not None
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN, or a string without one visible character."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+        return True
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, str) and all(
+        c.isspace() or c in _BLANK_LETTERS or unicodedata.category(c) in ("Cc", "Cf") for c in value
+    )
 
 
 def check_text(value: object, where: str, what: str) -> str:
     """Return ``value`` if it is a string with something in it that UTF-8 can encode; raise DataError otherwise."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} is {_kind(value)}; wanted a string")
-    if not value.strip():
-        raise DataError(f"{where}: {what} is empty; wanted a sentence")
+    if is_missing(value):
+        invisible = ", nothing but invisible characters" if value.strip() else ""
+        raise DataError(f"{where}: {what} is empty{invisible}; wanted a sentence")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -50,42 +67,56 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} ({str(value)[:40]})"
 
 
-def read_rows(source: str | Path) -> list[Row]:
-    """Read every row of a JSON Lines file, a dataset folder or a Hugging Face dataset (``id[:config[:split]]``).
+def read_rows(source: Source) -> list[Row]:
+    """Read every row of a source; the one reader of everything.
 
-    The configuration may be left empty (``owner/name::validation``); the split is ``train`` unless given.
+    Args:
+        source: a file (see :mod:`shifcon_fast.data.files`); a folder with such files, or one that ``datasets`` has
+            saved to disk; a Hugging Face dataset (``id[:config[:split]]``; the configuration may be left empty, as
+            in ``owner/name::validation``, and the split is ``train`` unless given); a ``datasets.Dataset`` or
+            ``IterableDataset``, a pandas DataFrame, or any iterable of mappings.
 
     Raises:
-        DataError: the source does not exist, a line is not a JSON object, or there is no row at all.
+        DataError: the source does not exist, is of another kind or damaged, or holds no row at all.
     """
-    if Path(source).is_file():
-        rows = _read_json_lines(Path(source))
+    if not isinstance(source, (str, Path)):
+        rows = _rows_in_memory(source)
+    elif Path(source).is_file():
+        from shifcon_fast.data.files import read_file
+
+        rows = read_file(Path(source))
     elif isinstance(source, Path) and not source.is_dir():
-        raise DataError(f"{source}: no such file; wanted a JSON Lines file")
+        raise DataError(f"{source}: no such file; wanted {FILE_KINDS}")
     else:
         rows = _read_dataset(str(source))
     if not rows:
-        raise DataError(f"{source}: holds no rows; wanted at least one")
+        raise DataError(f"{source_name(source)}: holds no rows; wanted at least one")
     return rows
 
 
-def _read_json_lines(path: Path) -> list[Row]:
+def _rows_in_memory(source: Any) -> list[Row]:
+    if isinstance(source, Mapping):
+        raise DataError(
+            f"the given rows are a {type(source).__name__} of {', '.join(map(repr, source)) or 'nothing'}; wanted "
+            "the rows themselves: one split of a DatasetDict (dataset['train']), or a list of dicts"
+        )
+    if hasattr(source, "to_dict") and hasattr(
+        source, "columns"
+    ):  # a pandas DataFrame iterates over its columns
+        source = source.to_dict("records")
+    try:
+        values = iter(source)
+    except TypeError:
+        raise DataError(
+            f"the given data is a {type(source).__name__}; wanted a file name, a dataset id, a datasets.Dataset or "
+            "a list of dicts"
+        ) from None
     rows = []
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                value = json.loads(text)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise DataError(
-                    f"{where}: not valid JSON ({error}); wanted one JSON object a line"
-                ) from error
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: a JSON {type(value).__name__}; wanted an object")
-            rows.append(Row(where, value))
+    for index, value in enumerate(values):
+        where = f"row {index} (from 0) of the given rows"
+        if not isinstance(value, Mapping):
+            raise DataError(f"{where}: got a {type(value).__name__}; wanted a dict with named fields")
+        rows.append(Row(where, dict(value)))
     return rows
 
 
@@ -96,19 +127,22 @@ def _read_dataset(source: str) -> list[Row]:
         parts = source.split(":", 2)
         name, config, split = parts[0], (parts[1:2] or [""])[0] or None, (parts[2:3] or [""])[0] or "train"
     is_folder = Path(name).is_dir()
-    looks_like_file = name.endswith((".jsonl", ".json", ".txt", ".csv", ".gz")) or name.startswith(
-        (".", "/", "~")
-    )
+    looks_like_file = _FILE_NAME.search(name) or name.startswith((".", "/", "~"))
     if not is_folder and (looks_like_file or not _DATASET_ID.fullmatch(name)):
-        raise DataError(f"{source}: no such file; wanted a JSON Lines file or a Hugging Face dataset id")
+        raise DataError(f"{source}: no such file; wanted {FILE_KINDS}, or a Hugging Face dataset id")
 
     import datasets  # slow to import, and files do not need it
 
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        if is_folder and (Path(name) / "state.json").is_file():  # what Dataset.save_to_disk writes
+            rows = datasets.load_from_disk(name)
+        elif is_folder and (Path(name) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)[split]
+        else:
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub, the builders and the cache raise a dozen unrelated types
         raise DataError(
-            f"{source}: could not be read as a JSON Lines file (no such file) nor as a Hugging Face dataset "
+            f"{source}: could not be read as a file (no such file) nor as a Hugging Face dataset "
             f"(id[:config[:split]], here config {config!r}, split {split!r}): {error}"
         ) from error
     if not all(isinstance(row, Mapping) for row in rows.select(range(min(1, len(rows))))):

@@ -21,36 +21,41 @@ from functools import lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from shifcon_fast.data.languages import find_language, primary_code, script_of
+
 OTHER = "other"
 """What :meth:`AnswerLanguage.identify` says of a script that no candidate uses."""
 
+# ISO 15924 code → first words of the names of the characters. What is not here is read as Latin.
 _SCRIPTS = {
-    "zh": {"CJK"},
-    "ja": {"CJK", "HIRAGANA", "KATAKANA"},
-    "ko": {"HANGUL", "CJK"},
-    "th": {"THAI"},
-    "lo": {"LAO"},
-    "km": {"KHMER"},
-    "my": {"MYANMAR"},
-    "el": {"GREEK"},
-    "he": {"HEBREW"},
-    "ka": {"GEORGIAN"},
-    "hy": {"ARMENIAN"},
-    "am": {"ETHIOPIC"},
-    "si": {"SINHALA"},
-    "ta": {"TAMIL"},
-    "te": {"TELUGU"},
-    "kn": {"KANNADA"},
-    "ml": {"MALAYALAM"},
-    "gu": {"GUJARATI"},
-    "pa": {"GURMUKHI"},
-    **{code: {"ARABIC"} for code in ("ar", "fa", "ur", "ps", "ug")},
-    **{code: {"BENGALI"} for code in ("bn", "as")},
-    **{code: {"DEVANAGARI"} for code in ("hi", "mr", "ne")},
-    **{code: {"CYRILLIC"} for code in ("ru", "uk", "be", "bg", "mk", "kk", "ky", "mn", "tg")},
-    "sr": {"CYRILLIC", "LATIN"},
+    "Arab": {"ARABIC"},
+    "Armn": {"ARMENIAN"},
+    "Beng": {"BENGALI"},
+    "Cyrl": {"CYRILLIC"},
+    "Deva": {"DEVANAGARI"},
+    "Ethi": {"ETHIOPIC"},
+    "Geor": {"GEORGIAN"},
+    "Grek": {"GREEK"},
+    "Gujr": {"GUJARATI"},
+    "Guru": {"GURMUKHI"},
+    "Hans": {"CJK"},
+    "Hant": {"CJK"},
+    "Hebr": {"HEBREW"},
+    "Jpan": {"CJK", "HIRAGANA", "KATAKANA"},
+    "Khmr": {"KHMER"},
+    "Knda": {"KANNADA"},
+    "Kore": {"HANGUL", "CJK"},
+    "Laoo": {"LAO"},
+    "Mlym": {"MALAYALAM"},
+    "Mymr": {"MYANMAR"},
+    "Orya": {"ORIYA"},
+    "Sinh": {"SINHALA"},
+    "Taml": {"TAMIL"},
+    "Telu": {"TELUGU"},
+    "Thai": {"THAI"},
+    "Tibt": {"TIBETAN"},
 }
-_LATIN = {"LATIN"}  # every language that the table leaves out
+_IN_TWO_SCRIPTS = {"sr": {"CYRILLIC", "LATIN"}}  # where the code names none
 _KANA = {"HIRAGANA", "KATAKANA"}
 _JAPANESE_SHARE_OF_KANA = 0.1
 _FEW_LETTERS = {"CJK": 2, "HIRAGANA": 2, "KATAKANA": 2, "HANGUL": 3}  # a sign holds more than a letter
@@ -62,19 +67,21 @@ class AnswerLanguage:
     """Tells which of a few candidate languages a text is in.
 
     Args:
-        languages: ISO 639-1 codes that an answer may be in, as a rule those of the evaluation.
+        languages: codes, in any form, of what an answer may be in, as a rule the languages of the evaluation. The
+            script that a code names counts (``sr-Latn``); regions and the two forms of Chinese are not told apart.
         confidence: the probability (of py3langid, among the candidates) below which a text is undecided.
 
     Raises:
-        ValueError: a code that py3langid does not know.
+        ValueError: a language that py3langid does not know.
     """
 
     def __init__(self, languages: Sequence[str], *, confidence: float = 0.7) -> None:
         self.languages = tuple(dict.fromkeys(languages))
-        if unknown := [language for language in self.languages if language not in known_languages()]:
+        self._labels = {language: _label(language) for language in self.languages}
+        if unknown := [language for language, label in self._labels.items() if label is None]:
             raise ValueError(
                 f"languages names {', '.join(map(repr, unknown))}, which py3langid cannot tell; it knows "
-                f"{', '.join(sorted(known_languages()))}"
+                f"{', '.join(sorted(_known_labels()))}"
             )
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         self.confidence = confidence
@@ -91,16 +98,19 @@ class AnswerLanguage:
         kana = sum(letters[name] for name in _KANA)
         if kana and kana + letters["CJK"] > count / 2:
             if kana >= _JAPANESE_SHARE_OF_KANA * (kana + letters["CJK"]):
-                return "ja" if "ja" in self.languages else OTHER
+                return next((each for each, label in self._labels.items() if label == "ja"), OTHER)
             script = "CJK"
-        candidates = [language for language in self.languages if script in _SCRIPTS.get(language, _LATIN)]
+        candidates: dict[str, str] = {}  # label → the first language of it
+        for language in self.languages:
+            if script in _scripts(language):
+                candidates.setdefault(str(self._labels[language]), language)
         if len(candidates) < 2:
-            return candidates[0] if candidates else OTHER
+            return next(iter(candidates.values()), OTHER)
         if count < _FEW_LETTERS.get(script, _ENOUGH_TO_TELL_LANGUAGE):
             return None
-        self._identifier.set_languages(candidates)
-        language, confidence = self._identifier.classify(text)
-        return str(language) if confidence >= self.confidence else None
+        self._identifier.set_languages(list(candidates))
+        label, confidence = self._identifier.classify(text)
+        return candidates[str(label)] if confidence >= self.confidence else None
 
     def agrees(self, text: str, language: str) -> bool | None:
         """Whether ``text`` is in ``language``; None where that cannot be told."""
@@ -109,12 +119,31 @@ class AnswerLanguage:
                 f"language is {language!r}; wanted one of the candidates {', '.join(self.languages)}"
             )
         found = self.identify(text)
-        return None if found is None else found == language
+        if found is None or found == OTHER:
+            return None if found is None else False
+        return self._labels[found] == self._labels[language] and bool(_scripts(found) & _scripts(language))
+
+
+def can_be_told(language: str) -> bool:
+    """Whether py3langid knows a language, whatever the form of its code."""
+    return _label(language) is not None
+
+
+def _label(language: str) -> str | None:
+    """What py3langid calls a language."""
+    known = _known_labels()
+    return find_language(language, known) or find_language(primary_code(language), known)
+
+
+def _scripts(language: str) -> set[str]:
+    """First words of the names of the characters that a language is written in."""
+    if script_of(language, likely=False) is None and (both := _IN_TWO_SCRIPTS.get(primary_code(language))):
+        return both
+    return _SCRIPTS.get(script_of(language) or "Latn", {"LATIN"})
 
 
 @lru_cache(maxsize=1)
-def known_languages() -> frozenset[str]:
-    """The ISO 639 codes that py3langid can tell apart."""
+def _known_labels() -> frozenset[str]:
     return frozenset(LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).labels)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.languages import find_language
+from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
+from shifcon_fast.data.rows import Source
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -29,8 +32,8 @@ _PACKAGES = ("shifcon-fast", "torch", "transformers", "peft", "bitsandbytes")
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    parallel: str | Path | Mapping[str, Sequence[str]] | None = None,
-    questions: str | Path | Sequence[Question] | None = None,
+    parallel: Parallel | None = None,
+    questions: Source | Sequence[Question] | None = None,
     *,
     handle: ShiftHandle | None = None,
     pivot: str | None = None,
@@ -64,7 +67,7 @@ def evaluate(
             the shifted area, or of the decoder where nothing is attached.
         prompt_template, few_shot, stop_strings: see
         :func:`shifcon_fast.evaluation.questions.answer_questions`. allow_missing: drop rows of parallel text
-        in which a language is missing. memory_gib: memory for sentence representations, see
+        in which a language is missing, and questions that are. memory_gib: memory for sentence representations, see
         :func:`measure_retrieval`.
 
     Raises:
@@ -76,13 +79,25 @@ def evaluate(
         raise ValueError("parallel and questions are both None; wanted at least one to measure on")
     handle = handle if handle is not None else getattr(model, "shifcon", None)
     pivot = pivot or (handle.space.pivot if handle is not None else "en")
-    wanted = list(dict.fromkeys([pivot, *languages])) if languages is not None else None
+    wanted = None
+    if languages is not None:
+        pivot = find_language(pivot, languages) or pivot
+        wanted = list(dict.fromkeys([pivot, *languages]))
     text = (
         read_parallel(parallel, languages=wanted, allow_missing=allow_missing) if parallel is not None else {}
     )
-    asked = read_questions(questions, languages=languages) if questions is not None else []
+    asked = (
+        read_questions(questions, languages=languages, allow_missing=allow_missing)
+        if questions is not None
+        else []
+    )
     if text:
+        pivot = find_language(pivot, text) or pivot
         check_parallel(text, pivot)
+        asked = [  # named as in the parallel text: one language is one line of the result
+            replace(question, language=find_language(question.language, text) or question.language)
+            for question in asked
+        ]
     if handle is not None:
         for language in dict.fromkeys([*text, *(question.language for question in asked)]):
             handle.language_ids(language)  # an unknown language fails here, before hours of measuring

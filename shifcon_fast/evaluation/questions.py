@@ -10,10 +10,11 @@ chat template where it has one.
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,12 +22,16 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from shifcon_fast.data.instructions import Turn
+from shifcon_fast.data.languages import find_language, primary_code
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import Question
-from shifcon_fast.evaluation.answer_language import AnswerLanguage, known_languages
+from shifcon_fast.evaluation.answer_language import AnswerLanguage, can_be_told
 from shifcon_fast.evaluation.numeric import as_number, extract_answer, format_number
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Templates = str | Mapping[str, str]
 """A text with ``{question}`` in it, for all languages or one for each."""
@@ -85,7 +90,11 @@ def answer_questions(
         return []
     _check_unique(questions)
     asked = dict.fromkeys(question.language for question in questions)
-    identifier = AnswerLanguage([language for language in asked if language in known_languages()])
+    identifier = AnswerLanguage([language for language in asked if can_be_told(language)])
+    if untold := [language for language in asked if language not in identifier.languages]:
+        logger.warning(
+            "The language of answers in %s is not judged: py3langid does not know it", ", ".join(untold)
+        )
     prompts = [
         encode_prompt(tokenizer, _turns(question, prompt_template, few_shot or {})) for question in questions
     ]
@@ -124,7 +133,7 @@ def is_correct(response: str, answer: int | float | str, language: str) -> tuple
     """Whether a response gives the answer, and what was read out of it."""
     gold = as_number(answer)
     if gold is not None:
-        number = extract_answer(response, language)
+        number = extract_answer(response, primary_code(language))
         return number == gold, None if number is None else format_number(number)
     return normalise_text(response) == normalise_text(str(answer)), normalise_text(response)
 
@@ -197,7 +206,7 @@ class _StopStrings(StoppingCriteria):
 
 
 def _turns(question: Question, templates: Templates, few_shot: FewShot) -> list[Turn]:
-    template = templates if isinstance(templates, str) else templates.get(question.language)
+    template = templates if isinstance(templates, str) else _of_language(templates, question.language)
     if template is None:
         raise ValueError(
             f"prompt_template has no entry for {question.language!r}; it has {', '.join(templates)}"
@@ -205,9 +214,15 @@ def _turns(question: Question, templates: Templates, few_shot: FewShot) -> list[
     if "{question}" not in template:
         raise ValueError(f"prompt_template is {template!r}; wanted a text with {{question}} in it")
     turns = []
-    for example, response in few_shot.get(question.language, ()):
+    for example, response in _of_language(few_shot, question.language) or ():
         turns += [Turn("user", template.replace("{question}", example)), Turn("assistant", response)]
     return [*turns, Turn("user", template.replace("{question}", question.text))]
+
+
+def _of_language(values: Mapping[str, T], language: str) -> T | None:
+    """The entry of a language, however its code is written there."""
+    found = find_language(language, values)
+    return None if found is None else values[found]
 
 
 def _judge(question: Question, prompt: str, response: str, identifier: AnswerLanguage) -> Outcome:

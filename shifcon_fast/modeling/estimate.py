@@ -9,7 +9,6 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from shifcon_fast import ops
-from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.languages import find_language
+from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import Recipe
 from shifcon_fast.modeling.boundaries import content_mask, visit_boundaries
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def estimate_space(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    parallel: str | Path | Mapping[str, Sequence[str]],
+    parallel: Parallel,
     pivot: str = "en",
     batch_size: int = 16,
     *,
@@ -65,9 +65,9 @@ def estimate_space(
     Args:
         model: a Hugging Face decoder of a known architecture; quantised, wrapped by PEFT or attached as it may be.
         tokenizer: the model's. It adds its special tokens (BOS) as it does for the model's own inputs.
-        parallel: {language: [sentence, ...]} aligned by position, a JSON Lines path, or a Hugging Face dataset id;
+        parallel: {language: [sentence, ...]} aligned by position, a file, a Hugging Face dataset or its id;
             see :func:`~shifcon_fast.data.parallel.read_parallel`.
-        pivot: code of the language to shift toward.
+        pivot: code of the language to shift toward, in any form (``en`` finds ``eng_Latn``).
         batch_size: sentences per forward pass.
         languages: which languages to read, in this order; None for all. The pivot must be one of them.
         boundaries: which boundaries to estimate; None for all L. At others the space holds NaN.
@@ -98,6 +98,7 @@ def estimate_space(
     decoder = locate_decoder(model)
     wanted = _check_boundaries(boundaries, decoder.num_boundaries)
     sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
+    pivot = find_language(pivot, sentences) or pivot  # as the data writes it
     official = recipe == "official"
     estimator = SpaceEstimator(
         {language: len(texts) for language, texts in sentences.items()},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shifcon_fast.data.languages import find_language, nearest
 from shifcon_fast.space import files
 from shifcon_fast.space.subspace import Subspace, subspace_distance
 
@@ -95,13 +96,19 @@ class LanguageSpace:
         return tuple(torch.isfinite(self.mean).all(dim=(1, 2)).nonzero().flatten().tolist())
 
     def language_id(self, language: str) -> int:
-        """Position of a language's code; ValueError with the known codes when it is not one of them."""
-        try:
-            return self.languages.index(language)
-        except ValueError:
+        """Position of a language's code, in whatever form (``swh_Latn`` for ``sw``).
+
+        Raises:
+            ValueError: a language that is not one of the space's; the known codes are listed.
+        """
+        found = find_language(language, self.languages)
+        if found is None:
+            near = nearest(language, self.languages)
+            advice = f"; if {near[0]!r} is meant, write that" if near else ""
             raise ValueError(
-                f"language: got {language!r}; this language space knows {', '.join(self.languages)}"
-            ) from None
+                f"language: got {language!r}; this language space knows {', '.join(self.languages)}{advice}"
+            )
+        return self.languages.index(found)
 
     def shift_vectors(self, boundary: int) -> Tensor:
         """(K, d) float32: v(pivot) − v(l) at a boundary, the shift toward; exactly 0 for the pivot."""
@@ -110,7 +117,8 @@ class LanguageSpace:
 
     def subspace(self, boundary: int, language: str) -> Subspace:
         """A language's affine subspace at a boundary."""
-        position, key = self.language_id(language), (self._estimated(boundary), language)
+        position = self.language_id(language)
+        key = (self._estimated(boundary), self.languages[position])
         if key not in self.bases:
             raise ValueError(
                 f"boundary: no subspaces at boundary {boundary}; this space was estimated with subspaces=False"
@@ -123,7 +131,7 @@ class LanguageSpace:
         The noise floor is taken at half as many sentences: compare ``split_distance`` to it.
         """
         first, second = self.subspace(boundary, a), self.subspace(boundary, b)
-        if a == b:
+        if self.language_id(a) == self.language_id(b):
             return 0.0
         assert self.ridge is not None  # estimated with the subspaces
         return subspace_distance(first, second, float(self.ridge[boundary]))

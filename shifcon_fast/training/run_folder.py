@@ -122,7 +122,7 @@ def load(
         )
     except ValueError as error:
         raise ValueError(
-            f"{folder}: its base model {str(source)!r} cannot be loaded; pass base= if it is elsewhere: {error}"
+            f"{folder}: its base model {str(source)!r} cannot be loaded; pass base= (--base) if it moved: {error}"
         ) from error
     try:
         model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
@@ -219,4 +219,9 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
 
 def _training_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [{name: row[name] for name in _LOGGED if name in row} for row in history if "loss" in row]
-    return {"steps": steps, "evaluations": [dict(row) for row in history if "eval_loss" in row]}
+    return {"steps": steps, "evaluations": [dict(row) for row in history if _is_evaluation(row)]}
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    """A dict of evaluation sets logs ``eval_{name}_loss``."""
+    return any(name.startswith("eval_") and name.endswith("_loss") for name in row)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shifcon_fast.data.languages import is_same_language
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.area import recommend_area
@@ -37,8 +38,10 @@ def attach_for_training(
             )
         return None
     space = space or handle.space  # type: ignore[union-attr]
-    if space.pivot != args.pivot:
-        raise ValueError(f"pivot: got {args.pivot!r}; the space was estimated with {space.pivot!r}")
+    if not is_same_language(space.pivot, args.pivot):
+        raise ValueError(
+            f"pivot: got {args.pivot!r}; the space was estimated with {space.pivot!r} (--pivot {space.pivot})"
+        )
     if handle is not None:
         area = (args.forward, args.backward)
         if area not in ((None, None), (handle.forward, handle.backward)) or handle.recipe != args.recipe:

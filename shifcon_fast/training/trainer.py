@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from shifcon_fast.data.instructions import Instruction, read_instructions
-from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.parallel import Parallel, read_parallel
+from shifcon_fast.data.rows import Source
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
@@ -36,7 +37,7 @@ from shifcon_fast.training.setup import (
 )
 
 VECTORS = "language_vectors.safetensors"
-Instructions = str | Path | Sequence[Instruction] | Dataset[Any]
+Instructions = Source | Sequence[Instruction] | Dataset[Any]
 
 
 class ShifConTrainer(Trainer):
@@ -48,10 +49,11 @@ class ShifConTrainer(Trainer):
         model: a PEFT model, as ``load_quantized(..., lora=LoraConfig(...))`` returns it; attached already or not.
         args: see :class:`ShifConArguments`.
         processing_class: the model's tokenizer. It is used as it is and never changed.
-        train_dataset, eval_dataset: instructions: a file, a dataset id, ``Instruction`` objects, or a ready
-            ``InstructionDataset``. The evaluation loss is the generation loss.
-        parallel: translations: a file, a dataset id or ``{language: [sentence, ...]}``. Needed for the contrastive
-            loss, for vectors that follow training, and for the final estimation.
+        train_dataset, eval_dataset: instructions: a file, a dataset or its id, a list of dicts, ``Instruction``
+            objects, or a ready ``InstructionDataset``. ``eval_dataset`` may be a dict of such sets, each of which
+            then has its own loss (``eval_sw_loss``). The evaluation loss is the generation loss.
+        parallel: translations: a file, a dataset or its id, a list of dicts or ``{language: [sentence, ...]}``.
+            Needed for the contrastive loss, for vectors that follow training, and for the final estimation.
         space: the language space, estimated on this model. Needed unless ``shift`` is off and ``w_mcl`` is 0.
         kwargs: other arguments of ``Trainer`` (callbacks, optimizers, ...).
 
@@ -71,8 +73,8 @@ class ShifConTrainer(Trainer):
         *,
         processing_class: Any,
         train_dataset: Instructions,
-        eval_dataset: Instructions | None = None,
-        parallel: str | Path | Mapping[str, Sequence[str]] | None = None,
+        eval_dataset: Instructions | Mapping[str, Instructions] | None = None,
+        parallel: Parallel | None = None,
         space: LanguageSpace | None = None,
         **kwargs: Any,
     ) -> None:
@@ -81,10 +83,15 @@ class ShifConTrainer(Trainer):
         self.handle = attach_for_training(model, args, space)
         try:
             self._set_up_method(model, args, processing_class, parallel)
-            datasets = [
-                None if each is None else self._tokenize(each, model, args, processing_class)
-                for each in (train_dataset, eval_dataset)
-            ]
+            setting = (model, args, processing_class)
+            train_data = self._tokenize(train_dataset, *setting)
+            eval_data = (
+                {name: self._tokenize(each, *setting) for name, each in eval_dataset.items()}
+                if isinstance(eval_dataset, Mapping)
+                else None
+                if eval_dataset is None
+                else self._tokenize(eval_dataset, *setting)
+            )
         except BaseException:
             if self.handle is not None and not was_attached:
                 self.handle.detach()
@@ -94,8 +101,8 @@ class ShifConTrainer(Trainer):
             args=args,
             data_collator=InstructionCollator(processing_class),
             processing_class=processing_class,
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
+            train_dataset=train_data,
+            eval_dataset=eval_data,
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors

@@ -39,7 +39,7 @@ def test_other_fields_are_not_languages(tmp_path: Path) -> None:
         "e": "x",
     }
     path = write_lines(tmp_path / "a.jsonl", [{**row, "en": "a", "swh": "b"}, {**row, "en": "c", "swh": "d"}])
-    assert read_parallel(path) == {"en": ["a", "c"], "swh": ["b", "d"]}
+    assert read_parallel(path) == {"zh-Hans": ["y", "y"], "en": ["a", "c"], "swh": ["b", "d"]}
     assert read_parallel(path, languages=["zh-Hans", "en"]) == {"zh-Hans": ["y", "y"], "en": ["a", "c"]}
 
 
