@@ -1,5 +1,6 @@
 # make demo   create the environment, build what there is to build, run the whole method on a generated world
-# make test   create the environment if it is not there, check style and types, run the tests
+# make test   create the environment if it is not there, check style and types, run the tests that take no more than minutes
+# make test-all   make test, then what it left out: the tests marked slow, whose reasons it prints
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
@@ -10,7 +11,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc")
 
-.PHONY: demo test lint sanitize aot format clean lock
+.PHONY: demo test test-all lint sanitize aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -18,7 +19,11 @@ demo: $(VENV)/.ready
 # One worker a core, each with one thread: the models are tiny. `pytest`, not `python -m pytest`, which would put this
 # folder on sys.path, where kernels/ hides the package of that name which bitsandbytes imports.
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
+
+# One after the other, and no test twice, also as `make test test-all`. The marker takes a reason: pyproject.toml.
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -120,8 +120,8 @@ class Plan:
         self.statements.append(f"build {_escape(target)}: stub\n  soname = {name}")
         return target.parent
 
-    def run(self, *, verbose: bool = False) -> None:
-        """Write the file and run ninja.
+    def run(self, *, verbose: bool = False) -> str:
+        """Write the file and run ninja; return what ninja and the compilers printed.
 
         Raises:
             BuildError: a compiler failed; with its output.
@@ -149,6 +149,7 @@ class Plan:
             raise BuildError(f"compiling {SOURCES.name}/ failed:\n{output}")
         if verbose:
             print(output, flush=True)
+        return output
 
 
 def _compile_rule(name: str, command: str, language: str) -> str:
@@ -313,8 +314,20 @@ def cuda_flags(toolchain: Toolchain, architectures: Sequence[str] = CUDA_ARCHITE
     return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
 
 
-def build_cuda(toolchain: Toolchain, library: Path, folder: Path, *, verbose: bool = False) -> None:
+def build_cuda(
+    toolchain: Toolchain,
+    library: Path,
+    folder: Path,
+    *,
+    extra: Sequence[str] = ("--threads=0",),
+    verbose: bool = False,
+) -> str:
     """Compile csrc/cuda into ``library``. Needs nvcc, but neither a GPU nor a PyTorch with CUDA.
+
+    ``extra`` flags reach nvcc where it compiles: by default, all architectures at the same time.
+
+    Returns:
+        What the compilers printed.
 
     Raises:
         BuildError: there is no nvcc, or it failed.
@@ -325,7 +338,7 @@ def build_cuda(toolchain: Toolchain, library: Path, folder: Path, *, verbose: bo
     assert toolchain.nvcc is not None
     library = library.resolve()
     plan = Plan(toolchain, folder)
-    flags = [*cuda_flags(toolchain, supported_architectures(toolchain.nvcc)), "--threads=0"]
+    flags = [*cuda_flags(toolchain, supported_architectures(toolchain.nvcc)), *extra]
     objects = [plan.compile_cuda(source, flags) for source in sorted((SOURCES / "cuda").glob("*.cu"))]
     # Part of the C shim (streams) lies in PyTorch's CUDA library, which the machine that builds may not have.
     # CUDA's own runtime is linked in, and hidden, so that it never stands in for the one that PyTorch brings.
@@ -334,7 +347,7 @@ def build_cuda(toolchain: Toolchain, library: Path, folder: Path, *, verbose: bo
     hidden = ["-cudart=static", "-Xlinker=--exclude-libs,libcudart_static.a"]
     plan.link(objects, library, [*needed, *hidden], rule="nvlink", after=[stubs / "libtorch_cuda.so"])
     library.parent.mkdir(parents=True, exist_ok=True)
-    plan.run(verbose=verbose)
+    return plan.run(verbose=verbose)
 
 
 def _link_flags(toolchain: Toolchain, library: str) -> list[str]:

@@ -10,7 +10,6 @@ static shared memory, as ptxas reports them. Shared memory that a launch asks fo
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import importlib.util
 import json
 import re
@@ -76,32 +75,17 @@ def _readable(symbol: str) -> str:
     return re.sub(r"\(\w+\)$", "", text)
 
 
-def compile_all() -> list[Row]:
-    """Every kernel of every source for every architecture.
+def compile_all(folder: Path) -> tuple[list[Row], Path]:
+    """Every kernel of every source for every architecture, and the library of them in ``folder``.
 
     Raises:
-        RuntimeError: a source does not compile.
+        ninja_build.BuildError: there is no nvcc, or a source does not compile.
     """
     build = ninja_build()
-    toolchain = build.find_toolchain()
-    if toolchain.nvcc is None:
-        raise RuntimeError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME to where it is")
-    flags = build.cuda_flags(toolchain)
-
-    def compile_one(source: Path) -> list[Row]:
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "object.o"
-            command = [toolchain.nvcc, *flags, "-Xptxas=-v", "-c", str(source), "-o", str(target)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(f"{source.name} does not compile:\n{result.stdout}{result.stderr}"[-4000:])
-        return parse(result.stdout + result.stderr)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        tables = pool.map(compile_one, sorted((ROOT / "csrc/cuda").glob("*.cu")))
-        return sorted(
-            (row for table in tables for row in table), key=lambda r: (r["kernel"], r["architecture"])
-        )
+    library = folder / "cuda.abi3.so"
+    # One architecture after the other, or their reports get mixed up.
+    said = build.build_cuda(build.find_toolchain(), library, folder / "objects", extra=["-Xptxas=-v"])
+    return sorted(parse(said), key=lambda row: (row["kernel"], row["architecture"])), library
 
 
 def main() -> None:
@@ -110,7 +94,8 @@ def main() -> None:
         "--json", type=Path, metavar="FILE", help="write the table there instead of printing it"
     )
     arguments = parser.parse_args()
-    rows = compile_all()
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = compile_all(Path(folder))
     if arguments.json:
         arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
         return

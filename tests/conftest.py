@@ -3,18 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from shifcon_fast.ops import registry
 
+# transformers is imported where it is needed: that takes seconds, and some tests run pytest again for the operators.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+# --- tests marked slow: each says why, and what `make test` leaves out is said at its end -------------------------
+
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = Counter()
+
+
+def _why_slow(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("slow")
+    if marker is None:
+        return None
+    reason = marker.kwargs.get("reason") or next(iter(marker.args), None)
+    if not isinstance(reason, str):
+        raise pytest.UsageError(f'{item.nodeid}: wanted @pytest.mark.slow("why it is slow"), with a reason')
+    return reason
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes them out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        _why_slow(item)
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.config.option.markexpr and (reason := _why_slow(item)) is not None:
+            item.config.stash[_LEFT_OUT][reason] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, where the tests are collected
+        session.config.workeroutput["left_out"] = dict(session.config.stash[_LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All processes collect the same tests."""
+    node.config.stash[_LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash[_LEFT_OUT]
+    if left_out:
+        terminalreporter.section(f"{left_out.total()} slow tests left out; make test-all runs them")
+        for reason, count in sorted(left_out.items()):
+            terminalreporter.line(f"{count:4} {reason}")
+
+
+# --- models, text, data -------------------------------------------------------------------------------------------
 
 # What each architecture needs beyond the common sizes.
 _EXTRA: dict[str, dict[str, object]] = {
@@ -38,6 +94,8 @@ def build_tiny_model(
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """A random causal language model in eval mode; the norm weights are random too: no norm is the identity."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     sizes: dict[str, object] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -93,6 +151,10 @@ def parallel_text() -> dict[str, list[str]]:
 @pytest.fixture(scope="session")
 def word_tokenizer(parallel_text: dict[str, list[str]]) -> PreTrainedTokenizerFast:
     """Whitespace words as tokens (ids < 128), digits apart; prepends ``<s>``; pads with ``<pad>``."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = sorted(
         {word for sentences in parallel_text.values() for text in sentences for word in text.split()}
     )

@@ -73,7 +73,9 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("unit", "recenter"), MODES)
-@pytest.mark.parametrize(("shape", "columns"), [((2, 5, 7), 9), ((1, 140, 70), 130)])
+@pytest.mark.parametrize(
+    ("shape", "columns"), [pytest.param((2, 5, 7), 9, marks=pytest.mark.small), ((1, 140, 70), 130)]
+)
 def test_similarity(
     shape: tuple[int, int, int],
     columns: int,
@@ -91,7 +93,16 @@ def test_similarity(
 # N = 1, 6, 33, 100 take one tile; 150 and 300 several.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("unit", "recenter"), MODES)
-@pytest.mark.parametrize("shape", [(3, 1, 3), (2, 6, 9), (1, 33, 40), (2, 100, 20), (1, 150, 70)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 1, 3),
+        (2, 6, 9),
+        pytest.param((1, 33, 40), marks=pytest.mark.small),
+        (2, 100, 20),
+        (1, 150, 70),
+    ],
+)
 def test_loss(
     shape: tuple[int, int, int],
     unit: bool,

@@ -103,7 +103,7 @@ FROZEN = (True, False, True, False)  # what QLoRA asks for
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("hidden", [7, 96, 1000])
+@pytest.mark.parametrize("hidden", [pytest.param(7, marks=pytest.mark.small), 96, 1000])
 def test_values_and_gradients(
     hidden: int, style: str, dtype: torch.dtype, impl: str, device: torch.device, within_rule: ErrorRule
 ) -> None:
@@ -126,6 +126,7 @@ def test_long_rows(
     Example((2, hidden), dtype, torch.tensor([1, -1]), device, impl).check("llama", EVERY, within_rule)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64), (5, 64), (2, 3, 4, 64)])
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32])
 def test_index_per_row_and_per_token(

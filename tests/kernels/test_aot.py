@@ -63,6 +63,7 @@ def narrow_loads(variant: tuple[str, str], row: Row) -> list[str]:
     ]
 
 
+@pytest.mark.slow("compiles every kernel variant for four GPUs")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_what_the_compilers_make_of_every_variant(target: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"

@@ -13,7 +13,14 @@ import torch
 from shifcon_fast import _native
 
 
-@pytest.fixture(params=list(_native.LEVELS))
+@pytest.fixture(
+    params=[
+        pytest.param(
+            level, marks=pytest.mark.slow("runs operator tests again at every instruction level below")
+        )
+        for level in _native.LEVELS
+    ]
+)
 def run_again(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """``run_again(file)`` runs the tests of ``file`` in another process, once per level below this process's."""
     level = request.param

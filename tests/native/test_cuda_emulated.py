@@ -62,6 +62,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow("runs the CUDA kernels thread by thread on the CPU")
 @pytest.mark.parametrize(("seed", "processors"), [(1, 4), (2, 132), (3, 1)])
 def test_the_device_tests_on_the_emulator(library: Path, seed: int, processors: int) -> None:
     """Also that no more of them are left out than ask for CUDA itself."""

@@ -34,31 +34,35 @@ def script() -> ModuleType:
     return sys.modules["cuda_resources"]
 
 
-@pytest.fixture
-def needs_nvcc() -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], Path]:
+    """What ptxas says of every kernel, and the library."""
     if script().ninja_build().find_toolchain().nvcc is None:
         pytest.skip(
             "no nvcc on the PATH or in CUDA_HOME; install the CUDA toolkit to compile the CUDA sources"
         )
+    return script().compile_all(tmp_path_factory.mktemp("cuda"))
+
+
+compiles = pytest.mark.slow("compiles the CUDA sources for three architectures")
 
 
 def by_kernel(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(row["kernel"], row["architecture"]): row for row in rows}
 
 
-@pytest.mark.usefixtures("needs_nvcc")
-def test_what_nvcc_makes_of_every_kernel() -> None:
+@compiles
+def test_what_nvcc_makes_of_every_kernel(compiled: tuple[list[Row], Path]) -> None:
     committed = by_kernel(json.loads(TABLE.read_text(encoding="utf-8")))
-    rows = script().compile_all()
-    compiled = by_kernel(rows)
-    assert len(compiled) == len(rows)
-    assert {architecture for _, architecture in compiled} == {"sm_80", "sm_90", "sm_100"}
-    assert compiled.keys() == committed.keys()
-    assert [kernel for kernel, row in compiled.items() if row["spills"] or row["stack"]] == []
+    found = by_kernel(compiled[0])
+    assert len(found) == len(compiled[0])
+    assert {architecture for _, architecture in found} == {"sm_80", "sm_90", "sm_100"}
+    assert found.keys() == committed.keys()
+    assert [kernel for kernel, row in found.items() if row["spills"] or row["stack"]] == []
     for what in ("registers", "shared"):
         above = {
             kernel: f"{row[what]} > {committed[kernel][what]}"
-            for kernel, row in compiled.items()
+            for kernel, row in found.items()
             if row[what] > committed[kernel][what]
         }
         assert above == {}, what
@@ -105,14 +109,12 @@ SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^(_ITM_\w+|__gmon_start__|__c
 SHIM = re.compile(r"^(aoti_torch|torch)_\w+$")
 
 
-@pytest.mark.usefixtures("needs_nvcc")
-def test_the_library_needs_nothing_but_the_stable_abi(tmp_path: Path) -> None:
+@compiles
+def test_the_library_needs_nothing_but_the_stable_abi(compiled: tuple[list[Row], Path]) -> None:
     """It links without a PyTorch for CUDA, and asks PyTorch for functions of the C shim only, CUDA for none."""
     if shutil.which("nm") is None or shutil.which("readelf") is None:
         pytest.skip("no nm or readelf on the PATH; install binutils to look into the library")
-    build = script().ninja_build()
-    toolchain, library = build.find_toolchain(), tmp_path / "cuda.abi3.so"
-    build.build_cuda(toolchain, library, tmp_path / "objects")
+    library = compiled[1]
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,14 @@ NEEDS = {
     "avx512_bf16": {"avx512_bf16"},
 }
 
-# One case per operator, dtype and kind of length; tests/contract as a whole runs at the best level.
-SMALL = "test_values_and_gradient and (7 or 300) or test_loss and 33 or test_similarity and shape0 or index_per_row"
+# What the tests marked small are about; tests/contract as a whole runs at the best level.
+SMALL = {
+    "test_norm.py::test_values_and_gradients",
+    "test_pooling.py::test_values_and_gradient",
+    "test_contrastive.py::test_loss",
+    "test_contrastive.py::test_similarity",
+    "test_levels.py::test_this_process_runs_the_level_that_it_should",
+}
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="levels exist on x86-64 only"
@@ -42,6 +49,7 @@ def best_level() -> int:
     return best
 
 
+@pytest.mark.small
 def test_this_process_runs_the_level_that_it_should() -> None:
     """Also run by the test below, in processes that ask for a level."""
     problem = _native.load("cpu")
@@ -65,6 +73,7 @@ def test_an_unknown_level_is_a_reason_not_to_run() -> None:
     assert level == "None"
 
 
+@pytest.mark.slow("runs the contract again at every instruction level, each in its own process")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_keeps_the_contract(level: str) -> None:
     problem = _native.load("cpu")
@@ -78,11 +87,11 @@ def test_every_level_keeps_the_contract(level: str) -> None:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-rA",
         "-p",
         "no:cacheprovider",
-        "-k",
-        f"this_process or {SMALL}",
+        "-m",
+        "small",
     ]
     result = subprocess.run(
         [*command, __file__, str(REPOSITORY / "tests" / "contract")],
@@ -94,7 +103,7 @@ def test_every_level_keeps_the_contract(level: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert "[100%]" in result.stdout  # something was collected
+    assert set(re.findall(r"^PASSED \S*?(\w+\.py::\w+)", result.stdout, re.M)) >= SMALL
 
 
 def ninja_build() -> ModuleType:
@@ -107,6 +116,7 @@ def ninja_build() -> ModuleType:
     return module
 
 
+@pytest.mark.slow("compiles all kernels of a level")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here; install binutils")
 def test_files_of_a_level_define_its_kernels_and_nothing_else(tmp_path: Path) -> None:
     """A weak symbol of theirs could stand in for the baseline's, on a machine without the instructions."""

@@ -31,6 +31,7 @@ needs_compiler = pytest.mark.skipif(
 needs_binutils = pytest.mark.skipif(
     not (shutil.which("nm") and shutil.which("objdump")), reason="no nm and objdump here; install binutils"
 )
+builds = pytest.mark.slow("builds packages, some with a compiler")
 needs_nvcc = pytest.mark.skipif(
     not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")), reason="no nvcc here; install the CUDA toolkit"
 )
@@ -120,6 +121,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_sources(tmp_path_factory.mktemp("source") / "tree")
 
 
+@builds
 @needs_compiler
 def test_the_source_distribution_builds_one_wheel_for_every_python(tree: Path, tmp_path: Path) -> None:
     result = build(tree, "sdist", tmp_path / "sdist")
@@ -142,6 +144,7 @@ def test_the_source_distribution_builds_one_wheel_for_every_python(tree: Path, t
     assert (problem, level in _native.LEVELS.values()) == ("None", True)
 
 
+@builds
 def test_without_a_compiler_the_package_works_and_says_how_to_get_the_rest(
     tree: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ print(doctor.describe(doctor.examine()))
     assert re.search(r"add_shift_rms_norm +cpu +reference", result.stdout)
 
 
+@builds
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -185,6 +189,7 @@ def test_what_is_asked_for_and_cannot_be_had_is_an_error(
     assert "Traceback" not in result.stderr
 
 
+@builds
 def test_left_out_on_request_although_it_could_be_compiled(tree: Path, tmp_path: Path) -> None:
     wheel, output = built(tree, tmp_path, SHIFCON_NATIVE="0")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -192,6 +197,7 @@ def test_left_out_on_request_although_it_could_be_compiled(tree: Path, tmp_path:
     assert "without the compiled extension" not in output
 
 
+@builds
 @needs_compiler
 def test_code_that_does_not_compile_is_an_error_with_the_compilers_words(tree: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
@@ -209,6 +215,7 @@ def test_code_that_does_not_compile_is_an_error_with_the_compilers_words(tree: P
     assert "Traceback" not in said
 
 
+@builds
 @needs_compiler
 @needs_nvcc
 @needs_binutils

@@ -84,10 +84,11 @@ def digests() -> dict[str, str]:
     return found
 
 
-def run(level: str, cache: int) -> dict[str, str]:
+def run(level: str | None, cache: int) -> dict[str, str]:
+    chosen = {} if level is None else {"SHIFCON_CPU_LEVEL": level}
     result = subprocess.run(
         [sys.executable, __file__],
-        env={**os.environ, "SHIFCON_CPU_LEVEL": level, "SHIFCON_CACHE_BYTES": str(cache)},
+        env={**os.environ, **chosen, "SHIFCON_CACHE_BYTES": str(cache)},
         capture_output=True,
         text=True,
         check=False,
@@ -99,12 +100,16 @@ def run(level: str, cache: int) -> dict[str, str]:
     return dict(told)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_results_past_the_cache_are_the_same_bits(level: str) -> None:
+every_level = pytest.mark.slow("runs the operators again at every instruction level")
+
+
+@pytest.mark.parametrize("level", [None, *(pytest.param(level, marks=every_level) for level in LEVELS)])
+def test_results_past_the_cache_are_the_same_bits(level: str | None) -> None:
+    """None: the level of this process."""
     problem = _native.load("cpu")
     if problem is not None:
         pytest.skip(problem)
-    if LEVELS.index(level) > torch.ops.shifcon_fast_cpu.level():
+    if level is not None and LEVELS.index(level) > torch.ops.shifcon_fast_cpu.level():
         pytest.skip(f"this processor, or SHIFCON_CPU_LEVEL, has no {level}")
     past, inside = run(level, 1), run(level, 2**60)
     assert len(past) > 200

@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow("compiles the CPU kernels with sanitizers, which also run them slowly")
 
 
 @pytest.fixture(scope="module")

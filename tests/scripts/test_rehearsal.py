@@ -13,6 +13,7 @@ import pytest
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 
 
+@pytest.mark.slow("runs the tests for a GPU on the CPU, as far as that goes")
 @pytest.mark.parametrize("rehearsed", [True, False])
 def test_tests_for_the_device(rehearsed: bool) -> None:
     """Without a rehearsal and without a device every test is collected, and skipped with the reason."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow("runs a benchmark")
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "step" / "run.py"
 SAME_LOSS = ("authors' recipe", "ours", "ours, transformers' norms", "ours, contrastive pass not cut")
 
