@@ -13,7 +13,7 @@ import torch
 
 from shifcon_fast.ops import registry
 
-# transformers is imported where it is needed: that takes seconds, and some tests run pytest again for the operators.
+# transformers is imported where it is needed: that takes seconds, and some tests run pytest again for operators alone.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
