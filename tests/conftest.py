@@ -13,7 +13,7 @@ import torch
 
 from shifcon_fast.ops import registry
 
-# transformers is imported where it is needed: it takes seconds, and some tests start pytest anew for operators alone.
+# transformers is imported where it is needed: it takes seconds, and some tests start pytest anew for operators.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
