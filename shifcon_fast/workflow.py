@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,17 +21,20 @@ from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
 from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.space import files as space_files
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import write_json
+from shifcon_fast.storage import remove, replacing, retract, write_json
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.checkpoints import list_checkpoints
+from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import CARD, load, read_card
+from shifcon_fast.training.run_folder import ADAPTER, FILES, load, read_card
 from shifcon_fast.training.trainer import ShifConTrainer
 
-AREA_FILE = "area.json"
+AREA_FILE, DISTANCE_PLOT = "area.json", "distance.svg"
+COMPARISON, AGAINST = "comparison.json", "against"
+_BESIDE_EVALUATION = (COMPARISON, f"{AGAINST}/{FILE_NAME}")
 
 
 def open_model(
@@ -111,17 +113,17 @@ def profile(
         max_length=max_length,
     )
     area = recommend_area(space)
-    space.save(output)
-    write_json(output / AREA_FILE, asdict(area))
-    (output / "distance.svg").write_bytes(
-        distance_plot(
-            range(space.num_boundaries),
-            area.distances,
-            area.floor,
-            area=(area.forward, area.backward),
-            split_distances=area.split_distances,
-        )
+    plot = distance_plot(
+        range(space.num_boundaries),
+        area.distances,
+        area.floor,
+        area=(area.forward, area.backward),
+        split_distances=area.split_distances,
     )
+    with replacing(output, space_files.CARD, (space_files.TENSORS, AREA_FILE, DISTANCE_PLOT)) as staging:
+        space.save(staging)
+        write_json(staging / AREA_FILE, asdict(area))
+        (staging / DISTANCE_PLOT).write_bytes(plot)
     return "\n".join([_space_table(space, area), "", area.reason, "", f"written to {output}"])
 
 
@@ -197,6 +199,8 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
         parallel={each: texts for each, texts in parallel.items() if find_language(each, space.languages)},
         space=space,
     )
+    if run.overwrite:
+        _clear(output)  # not before: what the new run was refused for must not cost the old one
     result = trainer.train(resume_from_checkpoint=resume)
     return (
         f"{result.global_step} steps, training loss {result.training_loss:.4f}; the run is in {output}\n"
@@ -207,19 +211,25 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
 def _where_to_start(run: RunConfig, output: Path) -> str | None:
     """The checkpoint to resume from, or None to start afresh in a folder that is free for it."""
     found = list_checkpoints(output) if output.is_dir() else []
+    if run.resume and run.overwrite:
+        raise ValueError("resume, overwrite: both given; wanted one of them")
     if run.resume:
-        if not found:
-            raise ValueError(f"resume: {output} has no checkpoint; start without --resume")
-        return str(found[-1])
-    if output.is_dir() and (found or (output / CARD).is_file()):
-        if not run.overwrite:
-            raise ValueError(
-                f"output: {output} holds a run already; --resume goes on from its last checkpoint, --overwrite "
-                "starts over, or choose another folder"
-            )
-        for checkpoint in found:
-            shutil.rmtree(checkpoint)
+        return str(last_checkpoint(output))
+    taken = found or any((output / name).exists() for name in (CARD, *ADAPTER))
+    if taken and not run.overwrite:
+        raise ValueError(
+            f"output: {output} holds a run already; --resume goes on from its last checkpoint, --overwrite "
+            "starts over, or choose another folder"
+        )
     return None
+
+
+def _clear(output: Path) -> None:
+    """Delete a run, its checkpoints and its evaluation; from the first step on nothing of it can be loaded."""
+    retract(output, CARD, FILES)
+    retract(output, FILE_NAME, _BESIDE_EVALUATION)
+    for checkpoint in list_checkpoints(output):
+        remove(checkpoint, CARD)
 
 
 def evaluate(
@@ -263,6 +273,7 @@ def evaluate(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
+    other = _earlier_result(against) if against else None  # it may lie in the folder that is written to
     options: dict[str, Any] = {
         "quantization": quantization,
         "trust_remote_code": trust_remote_code,
@@ -270,16 +281,17 @@ def evaluate(
     }
     sources = {"parallel": parallel, "questions": questions}
     result = _measure(model, settings, options, sources)
-    result.save(output)
+    with replacing(output, FILE_NAME, _BESIDE_EVALUATION) as staging:
+        result.save(staging)
     lines = [_result_table(result)]
     if against is not None:
         boundary = next((found.matrix_boundary for found in result.retrieval.values()), None)
-        other = _earlier_result(against) or _measure(
-            against, {**settings, "matrix_boundary": boundary}, options, sources
-        )
-        other.save(output / "against")
+        other = other or _measure(against, {**settings, "matrix_boundary": boundary}, options, sources)
         comparison = compare(result, other)
-        write_json(output / "comparison.json", comparison.to_json())
+        with replacing(output, FILE_NAME, _BESIDE_EVALUATION) as staging:
+            result.save(staging)
+            other.save(staging / AGAINST)
+            write_json(staging / COMPARISON, comparison.to_json())
         lines += ["", _comparison_table(comparison)]
     return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from shifcon_fast.demo.muon import Muon
 from shifcon_fast.demo.tokenizer import build_tokenizer
 from shifcon_fast.demo.world import World, to_jsonl
-from shifcon_fast.storage import read_json, settle, staged_update, write_json
+from shifcon_fast.storage import read_json, replacing, write_json
 
 _CARD = "pretraining.json"
 _REVISION = 1  # part of the cache key; raise it when the same settings no longer give the same model
@@ -81,13 +81,12 @@ def pretrain(
     settings = settings or PretrainSettings()
     key = cache_key(world, settings)
     folder = Path(cache if cache is not None else cache_root()) / "demo" / key[:16]
-    settle(folder)
-    if (folder / _CARD).is_file() and read_json(folder / _CARD, "the card of a demo model")["key"] == key:
+    if (folder / _CARD).is_file() and read_json(folder / _CARD, "the card of a demo model").get("key") == key:
         return folder
     tokenizer = build_tokenizer()
     started = time.monotonic()
     model, loss = train(world.corpus, tokenizer, settings, progress=progress)
-    with staged_update(folder) as staging:
+    with replacing(folder, _CARD) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_json(

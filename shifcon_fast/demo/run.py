@@ -27,15 +27,16 @@ from shifcon_fast.demo.world import World, build_world, write_world
 from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.findings import comparison_findings
+from shifcon_fast.evaluation.report import TrainingLog
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.modeling.estimate import estimate_space
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import read_json, settle, staged_update, write_json
+from shifcon_fast.storage import read_json, replacing, write_json
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.checkpoints import list_checkpoints
+from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import CARD, LOG, load
+from shifcon_fast.training.run_folder import LOG, load
 from shifcon_fast.training.trainer import ShifConTrainer
 
 BEFORE = "before"
@@ -153,7 +154,6 @@ class _Demo:
 
     def _profile(self) -> tuple[LanguageSpace, Area]:
         folder = self._output / "space"
-        settle(folder)
         if not (folder / _SPACE).is_file():
             space = estimate_space(
                 load_quantized(self._base),
@@ -162,10 +162,10 @@ class _Demo:
                 batch_size=_BATCH,
                 progress=self._stages.progress,
             )
-            with staged_update(folder) as staging:
+            with replacing(folder, _SPACE) as staging:
                 space.save(staging)
                 write_json(staging / _AREA, asdict(recommend_area(space)))
-        return LanguageSpace.load(folder), Area(**read_json(folder / _AREA, "a layer area"))
+        return LanguageSpace.load(folder), read_json(folder / _AREA, "a layer area", Area)
 
     def _evaluate(self, folder: Path) -> EvaluationResult:
         """Of the run in the folder, or of the model as it is."""
@@ -187,7 +187,6 @@ class _Demo:
 
     def _train(self, system: str, seed: int, space: LanguageSpace, area: Area) -> None:
         folder = self._run_folder(system, seed)
-        settle(folder)
         if (folder / CARD).is_file():
             return
         set_seed(seed)  # before the adapters are drawn
@@ -235,7 +234,8 @@ class _Demo:
                 seed: self._outcomes(EvaluationResult.load(folder)) for seed, folder in folders.items()
             }
             logs[system] = {
-                seed: read_json(folder / LOG, "a training log")["steps"] for seed, folder in folders.items()
+                seed: read_json(folder / LOG, "a training log", TrainingLog)["steps"]
+                for seed, folder in folders.items()
             }
         return Comparison(before.pivot, BASELINE, outcomes, before=BEFORE, logs=logs)
 

@@ -22,7 +22,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from shifcon_fast.demo.words import LANGUAGES, NAMES, PIVOT, RELATIONS
-from shifcon_fast.storage import staged_update
+from shifcon_fast.storage import replacing
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ def write_world(world: World, folder: str | Path) -> dict[str, Path]:
         "instructions": world.instructions,
         "questions": world.questions,
     }
-    with staged_update(folder) as staging:
+    with replacing(folder, "world.json") as staging:
         for name, rows in tables.items():
             (staging / f"{name}.jsonl").write_bytes(to_jsonl(rows))
         (staging / "world.json").write_bytes(to_jsonl([asdict(world.settings)]))

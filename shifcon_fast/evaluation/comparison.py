@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import Required, TypedDict
 
 from shifcon_fast.evaluation.across_seeds import paired_seeds_interval, seeds_interval
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.storage import read_json, write_json
 
 FORMAT_VERSION = 1
+
+
+@with_config(ConfigDict(extra="allow"))
+class LoggedStep(TypedDict, total=False):
+    """An entry of a training log: the step and what was measured since the entry before."""
+
+    step: Required[Annotated[int, Field(ge=0)]]
+    loss: float
+    loss_generation: float
+    loss_contrastive: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Comparison:
     baseline: str
     outcomes: dict[str, dict[str, dict[str, list[ItemOutcome]]]]
     before: str | None = None
-    logs: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    logs: dict[str, dict[str, list[LoggedStep]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (self.baseline, self.before):
@@ -117,32 +130,23 @@ class Comparison:
         """As a JSON object."""
         return {"format_version": FORMAT_VERSION, "kind": "system comparison", **asdict(self)}
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str = "the comparison") -> Comparison:
-        """Rebuild from :meth:`to_json`.
-
-        Raises:
-            ValueError: not such an object.
-        """
-        if value.get("kind") != "system comparison" or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{where}: not a system comparison of format version {FORMAT_VERSION}")
-        outcomes = {
-            system: {
-                seed: {code: [ItemOutcome(**item) for item in items] for code, items in languages.items()}
-                for seed, languages in seeds.items()
-            }
-            for system, seeds in value["outcomes"].items()
-        }
-        return cls(value["pivot"], value["baseline"], outcomes, value["before"], value["logs"])
-
     def save(self, path: str | Path) -> None:
         """Write a JSON file, atomically."""
         write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read what :meth:`save` wrote."""
-        return cls.from_json(read_json(path, "a comparison of systems"), str(path))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: no such file, or not such a comparison.
+        """
+        return read_json(
+            path,
+            "a comparison of systems",
+            cls,
+            wanted={"kind": "system comparison", "format_version": FORMAT_VERSION},
+        )
 
     def _scores(
         self, system: str, languages: Sequence[str], group: str | None

@@ -31,6 +31,10 @@ class Perplexity:
     nll: list[float]
     tokens: list[int]
 
+    def __post_init__(self) -> None:
+        if len(self.nll) != len(self.tokens) or sum(self.tokens) < 1 or min(self.tokens) < 0:
+            raise ValueError("tokens: wanted a number for each nll, and one or more in all")
+
     @property
     def value(self) -> float:
         """exp(Σ NLL / Σ tokens); infinity where that exceeds a float."""

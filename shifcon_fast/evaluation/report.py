@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from shifcon_fast.evaluation.comparison import LoggedStep
 from shifcon_fast.evaluation.findings import result_findings
 from shifcon_fast.evaluation.page import Section, Text, render_page
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison
@@ -21,7 +24,7 @@ from shifcon_fast.evaluation.sections import (
 )
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import read_json, settle
+from shifcon_fast.storage import read_json, write_file
 
 _SPACE, _AREA, _CARD, _LOG = "language_space.json", "area.json", "shifcon.json", "training_log.json"
 _COMPARISON = "comparison.json"
@@ -45,12 +48,7 @@ def write_report(
     path = Path(path)
     target = path if path.suffix == ".html" else path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
-    try:
-        temporary.write_text(render_page(title, sections, subtitle=subtitle, footer=footer), encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(target, render_page(title, sections, subtitle=subtitle, footer=footer).encode())
     return target
 
 
@@ -68,7 +66,6 @@ def report_folder(folder: str | Path, output: str | Path | None = None) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; wanted that of a run, an evaluation or a profile")
-    settle(folder)
     held = _read(folder)
     sections = [
         _summary(held),
@@ -82,14 +79,38 @@ def report_folder(folder: str | Path, output: str | Path | None = None) -> Path:
     )
 
 
+class Boundaries(TypedDict):
+    """A layer area [forward, backward)."""
+
+    forward: int
+    backward: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class RunCard(TypedDict, total=False):
+    """What a report says of a run's card; the rest is listed as it is."""
+
+    base_model: str
+    area: Boundaries | None
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+class TrainingLog(TypedDict):
+    """``training_log.json``."""
+
+    steps: list[LoggedStep]
+    evaluations: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class _Held:
     """What a folder holds; None or empty for what is not there."""
 
     space: LanguageSpace | None
     area: Area | None
-    card: dict[str, Any]
-    log: list[dict[str, Any]]
+    card: RunCard
+    log: list[LoggedStep]
     result: EvaluationResult | None
     other: EvaluationResult | None
     against: PairedComparison | None
@@ -97,9 +118,13 @@ class _Held:
 
 def _read(folder: Path) -> _Held:
     space = LanguageSpace.load(folder) if (folder / _SPACE).is_file() else None
-    area = Area(**read_json(folder / _AREA, "a layer area")) if (folder / _AREA).is_file() else None
-    card = read_json(folder / _CARD, "the card of a run") if (folder / _CARD).is_file() else {}
-    log = read_json(folder / _LOG, "a training log")["steps"] if (folder / _LOG).is_file() else []
+    area = read_json(folder / _AREA, "a layer area", Area) if (folder / _AREA).is_file() else None
+    card: RunCard = {}
+    if (folder / _CARD).is_file():
+        card = read_json(folder / _CARD, "the card of a run", RunCard)
+    log: list[LoggedStep] = []
+    if (folder / _LOG).is_file():
+        log = read_json(folder / _LOG, "a training log", TrainingLog)["steps"]
     result = EvaluationResult.load(folder) if (folder / FILE_NAME).is_file() else None
     other_file = folder / "against" / FILE_NAME
     other = EvaluationResult.load(other_file) if other_file.is_file() else None

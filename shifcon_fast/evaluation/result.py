@@ -12,15 +12,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from shifcon_fast.evaluation.bootstrap import Interval, paired_interval, ratio_interval, wilson_interval
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.questions import Outcome
-from shifcon_fast.evaluation.retrieval import Retrieval, RetrievalScores
+from shifcon_fast.evaluation.retrieval import Retrieval
 from shifcon_fast.storage import read_json, write_json
 
 FILE_NAME = "evaluation.json"
 FORMAT_VERSION = 1
 Mode = Literal["unshifted", "shifted"]
+
+
+class AttachedArea(TypedDict):
+    """Where and how far an attached model shifts."""
+
+    forward: int
+    backward: int
+    alpha: float
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,22 @@ class EvaluationResult:
 
     model: str
     pivot: str
-    area: dict[str, Any] | None
+    area: AttachedArea | None
     retrieval: dict[str, Retrieval] = field(default_factory=dict)
     perplexity: dict[str, dict[str, Perplexity]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, modes in (("retrieval", self.retrieval), ("perplexity", self.perplexity)):
+            wanted = {"unshifted", self.mode}
+            if modes and modes.keys() != wanted:
+                raise ValueError(f"{name}: got the modes {list(modes)}; wanted {sorted(wanted)}")
+        if len({(tuple(each.scores), *each.boundaries) for each in self.retrieval.values()}) > 1:
+            raise ValueError("retrieval: wanted the same languages and boundaries in both modes")
+        if len({tuple(languages) for languages in self.perplexity.values()}) > 1:
+            raise ValueError("perplexity: wanted the same languages in both modes")
 
     @property
     def mode(self) -> Mode:
@@ -71,37 +92,6 @@ class EvaluationResult:
             "summary": self._summary(),
         }
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str = "the evaluation") -> EvaluationResult:
-        """Rebuild a result from :meth:`to_json`.
-
-        Raises:
-            ValueError: not an evaluation, or of a format this release does not read.
-        """
-        if value.get("kind") != "evaluation" or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{where}: kind is {value.get('kind')!r} and format_version {value.get('format_version')!r}; this "
-                f"release reads 'evaluation' of version {FORMAT_VERSION}"
-            )
-        try:
-            return cls(
-                model=value["model"],
-                pivot=value["pivot"],
-                area=value["area"],
-                retrieval={mode: _retrieval(found) for mode, found in value["retrieval"].items()},
-                perplexity={
-                    mode: {code: Perplexity(**found) for code, found in languages.items()}
-                    for mode, languages in value["perplexity"].items()
-                },
-                outcomes=[Outcome(**outcome) for outcome in value["outcomes"]],
-                settings=value["settings"],
-                versions=value["versions"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{where}: not a complete evaluation ({error}); run the evaluation again"
-            ) from error
-
     def save(self, folder: str | Path) -> Path:
         """Write ``evaluation.json`` into the folder, atomically; its path."""
         path = Path(folder) / FILE_NAME
@@ -116,8 +106,12 @@ class EvaluationResult:
         Raises:
             ValueError: no such file, or not an evaluation.
         """
-        path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        return cls.from_json(read_json(path, f"the {FILE_NAME} that `shifcon evaluate` writes"), str(path))
+        return read_json(
+            Path(path) / FILE_NAME if Path(path).is_dir() else path,
+            f"the {FILE_NAME} that `shifcon evaluate` writes",
+            cls,
+            wanted={"kind": "evaluation", "format_version": FORMAT_VERSION},
+        )
 
     def by_language(self) -> dict[str, list[Outcome]]:
         """Language → its outcomes, in the order of the questions."""
@@ -170,14 +164,12 @@ class PairedComparison:
         Raises:
             ValueError: no such file, or not a comparison.
         """
-        value = read_json(path, "the comparison that `shifcon evaluate --against` writes")
-        if value.get("kind") != "comparison" or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path}: not a comparison of format version {FORMAT_VERSION}")
-        accuracy, log_perplexity = (
-            {code: Interval(**interval) for code, interval in value[name].items()}
-            for name in ("accuracy", "log_perplexity")
+        return read_json(
+            path,
+            "the comparison that `shifcon evaluate --against` writes",
+            cls,
+            wanted={"kind": "comparison", "format_version": FORMAT_VERSION},
         )
-        return cls(value["model"], value["against"], accuracy, log_perplexity)
 
 
 def compare(
@@ -228,11 +220,6 @@ def _log_ratio(first: Perplexity, second: Perplexity, options: Mapping[str, Any]
         (a - b, tokens) for a, b, tokens in zip(first.nll, second.nll, first.tokens, strict=True) if tokens
     ]
     return ratio_interval([d for d, _ in scored], [tokens for _, tokens in scored], **options)
-
-
-def _retrieval(value: Mapping[str, Any]) -> Retrieval:
-    scores = {code: RetrievalScores(**found) for code, found in value["scores"].items()}
-    return Retrieval(**{**value, "scores": scores})
 
 
 def _mean(values: list[float]) -> float | None:

@@ -70,6 +70,17 @@ class Retrieval:
     matrix: list[list[float | None]]
     duplicates: dict[str, int]
 
+    def __post_init__(self) -> None:
+        if self.sentences < 1:
+            raise ValueError(f"sentences: got {self.sentences}; wanted at least one")
+        if {len(self.matrix), *map(len, self.matrix)} != {len(self.languages)}:
+            raise ValueError(f"matrix: wanted a row and a column for each of {self.languages}")
+        for code, found in self.scores.items():
+            if {len(found.to_pivot), len(found.from_pivot), len(found.mexa)} != {len(self.boundaries)}:
+                raise ValueError(
+                    f"scores of {code!r}: wanted one for each of {len(self.boundaries)} boundaries"
+                )
+
 
 def measure_retrieval(
     model: nn.Module,

@@ -28,6 +28,13 @@ class Area:
     split_distances: list[float]
     reason: str
 
+    def __post_init__(self) -> None:
+        count = len(self.distances)
+        if not 0 <= self.forward < self.backward <= count:
+            raise ValueError(f"forward, backward: got {self.forward}, {self.backward} of {count} boundaries")
+        if not len(self.floor) == len(self.split_distances) == count:
+            raise ValueError(f"floor, split_distances: wanted one for each of {count} boundaries")
+
 
 def recommend_area(
     space: LanguageSpace, *, tolerance: float = 0.1, min_width: int = 1, max_width: int | None = None

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, with_config
+from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from shifcon_fast.storage import read_json, settle, sha256_file, staged_update, write_json
+from shifcon_fast.storage import read_json, read_tensors, replacing, sha256_file, write_json
 
 TENSORS = "language_space.safetensors"
 CARD = "language_space.json"
@@ -19,11 +20,58 @@ FORMAT_VERSION = 1
 OPTIONAL_TENSORS = ("ridge", "floors", "split_distances")  # absent where subspaces were not estimated
 
 
+class TensorFile(TypedDict):
+    """The tensor file that a card belongs to."""
+
+    file: str
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Fingerprint(TypedDict, total=False):
+    """What is used of ``modeling.fingerprint``; its other entries are only compared."""
+
+    embedding: list[float] | None
+    name_or_path: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Origin(TypedDict, total=False):
+    """The model that a space was estimated on."""
+
+    fingerprint: Fingerprint
+
+
+@with_config(ConfigDict(extra="allow"))
+class Provenance(TypedDict, total=False):
+    """How a space was made: what is used again; the rest is for readers."""
+
+    model: Origin
+    rank: int | None
+    variance: float | None
+    max_length: int | None
+
+
+class SpaceCard(TypedDict):
+    """``language_space.json``."""
+
+    format: str
+    format_version: int
+    languages: list[str]
+    pivot: str
+    num_boundaries: int
+    hidden_size: int
+    boundaries: list[int]
+    sentences: dict[str, int]
+    card: Provenance
+    tensors: TensorFile
+
+
 def write(
     folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], card: Mapping[str, Any]
 ) -> None:
     """Write both files, all or nothing; other files of the folder stay."""
-    with staged_update(folder) as staging:
+    with replacing(folder, CARD, [TENSORS]) as staging:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / TENSORS)
         write_json(
             staging / CARD,
@@ -37,30 +85,12 @@ def write(
         )
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(tensors, description, card) of a folder; ValueError names the file that is missing, foreign or damaged."""
-    settle(folder)
-    path = folder / CARD
-    description = read_json(path, "the card of a language space, as LanguageSpace.save writes it")
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {description.get('format')!r}; wanted {FORMAT!r}")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version is {description.get('format_version')!r}; this release reads "
-            f"{FORMAT_VERSION}: install the release that wrote it, or estimate the space again"
-        )
-    record, card = description.get("tensors"), description.get("card")
-    if not isinstance(record, dict) or not isinstance(card, dict):
-        raise ValueError(f"{path}: lacks 'tensors' or 'card'; it is damaged, estimate the space again")
-    tensors_path = folder / TENSORS
-    if not tensors_path.is_file():
-        raise ValueError(f"{tensors_path}: no such file, though {CARD} lies beside it; copy both files")
-    if sha256_file(tensors_path) != record.get("sha256"):
-        raise ValueError(
-            f"{tensors_path}: its SHA-256 is not the one in {CARD}; it was damaged or replaced, copy both again"
-        )
-    try:
-        tensors = load_file(tensors_path)
-    except SafetensorError as error:
-        raise ValueError(f"{tensors_path}: not a safetensors file ({error})") from error
-    return tensors, description, card
+def read(folder: Path) -> tuple[dict[str, Tensor], SpaceCard]:
+    """(tensors, card) of a folder; ValueError names the file that is missing, foreign or damaged."""
+    card = read_json(
+        folder / CARD,
+        "the card of a language space, as LanguageSpace.save writes it",
+        SpaceCard,
+        wanted={"format": FORMAT, "format_version": FORMAT_VERSION},
+    )
+    return read_tensors(folder / TENSORS, card["tensors"]["sha256"]), card

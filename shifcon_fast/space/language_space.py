@@ -73,9 +73,17 @@ class LanguageSpace:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}; wanted {shape}")
+        if self.counts.keys() != set(self.languages):
+            raise ValueError(
+                f"counts: got {list(self.counts)}; wanted a number of sentences for each language"
+            )
         if self.bases.keys() != self.variances.keys():
             raise ValueError("variances: must hold the same (boundary, language) pairs as bases")
         for key, basis in self.bases.items():
+            if not 0 <= key[0] < boundaries or key[1] not in self.languages:
+                raise ValueError(
+                    f"bases: got {key}; wanted a boundary below {boundaries} and a known language"
+                )
             rank = self.variances[key].numel()
             if tuple(basis.shape) != (d, rank):
                 raise ValueError(f"bases[{key}]: got shape {tuple(basis.shape)}; wanted {(d, rank)}")
@@ -196,45 +204,41 @@ class LanguageSpace:
             ValueError: not a language space, a format of a newer version, missing or misshapen tensors, or a file
                 damaged since it was written; the message names the file.
         """
-        tensors, description, card = files.read(Path(folder))
-        return cls._from_parts(Path(folder), tensors, description, card)
+        folder = Path(folder)
+        tensors, card = files.read(folder)
+        try:
+            return cls._from_parts(tensors, card)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / files.CARD}: the language space is damaged: {error}") from error
 
     @classmethod
-    def _from_parts(
-        cls, folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], card: dict[str, Any]
-    ) -> LanguageSpace:
+    def _from_parts(cls, tensors: Mapping[str, Tensor], card: files.SpaceCard) -> LanguageSpace:
         bases: dict[tuple[int, str], Tensor] = {}
         variances: dict[tuple[int, str], Tensor] = {}
-        try:
-            for name, tensor in tensors.items():
-                kind, _, rest = name.partition(".")
-                if kind in ("basis", "variances"):
-                    boundary, _, language = rest.partition(".")
-                    (bases if kind == "basis" else variances)[int(boundary), language] = tensor
-            space = cls(
-                languages=tuple(description["languages"]),
-                pivot=description["pivot"],
-                mean=tensors["mean"],
-                counts=dict(description["sentences"]),
-                rms=tensors["rms"],
-                bos_share=tensors["bos_share"],
-                bases=bases,
-                variances=variances,
-                **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},
-                card=card,
-            )
-            if bases and space.ridge is None:
-                raise KeyError("ridge")
-            recorded = (description["num_boundaries"], description["hidden_size"])
-        except KeyError as error:
-            raise ValueError(
-                f"{folder}: the language space lacks {error}; it is damaged, estimate it again"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder}: the language space is damaged: {error}") from error
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in ("basis", "variances"):
+                boundary, _, language = rest.partition(".")
+                (bases if kind == "basis" else variances)[int(boundary), language] = tensor
+        required = ("mean", "rms", "bos_share", *(("ridge",) if bases else ()))
+        if missing := [name for name in required if name not in tensors]:
+            raise ValueError(f"{files.TENSORS} lacks {', '.join(map(repr, missing))}")
+        space = cls(
+            languages=tuple(card["languages"]),
+            pivot=card["pivot"],
+            mean=tensors["mean"],
+            counts=card["sentences"],
+            rms=tensors["rms"],
+            bos_share=tensors["bos_share"],
+            bases=bases,
+            variances=variances,
+            **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},
+            card=dict(card["card"]),
+        )
+        recorded = (card["num_boundaries"], card["hidden_size"])
         if recorded != (space.num_boundaries, space.hidden_size):
             raise ValueError(
-                f"{folder}: the card says {recorded[0]} boundaries of hidden size {recorded[1]}, the tensors hold "
+                f"the card says {recorded[0]} boundaries of hidden size {recorded[1]}, the tensors hold "
                 f"{space.num_boundaries} of {space.hidden_size}; the two files do not belong together"
             )
         return space

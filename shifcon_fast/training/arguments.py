@@ -149,6 +149,9 @@ class ShifConArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser takes the second
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, none, ..."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume callbacks, such as early stopping, where they were."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Not used: batches hold what the trainer needs."}

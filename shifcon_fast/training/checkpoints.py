@@ -1,55 +1,62 @@
-"""Checkpoints that exist whole or not at all: written beside their place, then renamed into it."""
+"""The checkpoints of a run: folders ``checkpoint-N`` that count as long as they have a card (see ``storage``)."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-_STAGING = ".saving-"
-_REPLACED = ".replaced-"
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from typing_extensions import TypedDict
+
+from shifcon_fast.storage import read_json, remove
+
+CARD = "shifcon.json"  # of a run folder and of each of its checkpoints
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Leftovers of interrupted saves are not among them."""
+    """The whole checkpoints of a run, oldest first. What an interrupted save left behind is not among them."""
     run = Path(run)
     found = [
         (int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    return [path for _, path in sorted(found) if (path / CARD).is_file()]
 
 
-def staging_folder(run: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before :func:`publish`."""
-    return Path(run) / f"{_STAGING}checkpoint-{step}"
+def last_checkpoint(run: str | Path) -> Path:
+    """The newest whole checkpoint of a run; ValueError where there is none."""
+    found = list_checkpoints(run)
+    if not found:
+        raise ValueError(f"resume: {run} has no checkpoint; start without --resume")
+    return found[-1]
 
 
-def clean_up(run: str | Path) -> None:
-    """Remove what interrupted saves left behind, and bring back a checkpoint that was being replaced."""
-    run = Path(run)
-    for old in run.glob(f"{_REPLACED}*"):
-        place = run / old.name.removeprefix(_REPLACED)
-        if place.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, place)
-    for leftover in run.glob(f"{_STAGING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+class TrainerStateFile(TypedDict):
+    """``trainer_state.json``: what resuming reads of it."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[dict[str, Any]]
+    best_global_step: int | None
+    best_model_checkpoint: str | None
+    stateful_callbacks: dict[str, Any]
 
 
-def publish(staging: Path) -> Path:
-    """Move a fully written checkpoint into place; from here on it exists. Returns its folder."""
-    _sync(staging)
-    place = staging.with_name(staging.name.removeprefix(_STAGING))
-    replaced = staging.with_name(f"{_REPLACED}{place.name}")
-    if place.exists():
-        os.replace(place, replaced)
-    os.replace(staging, place)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return place
+def read_trainer_state(checkpoint: Path) -> TrainerStateFile:
+    """Check what ``Trainer`` is about to read without checks of its own.
+
+    Raises:
+        ValueError: not a trainer's state, or one of another version of transformers.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    what = "the state of a trainer"
+    if unknown := read_json(path, what).keys() - {each.name for each in fields(TrainerState)}:
+        raise ValueError(f"{path}: this version of transformers does not know {', '.join(sorted(unknown))}")
+    return read_json(path, what, TrainerStateFile)
 
 
 def rotate(run: str | Path, limit: int | None, keep: Iterable[str | Path | None]) -> None:
@@ -60,12 +67,4 @@ def rotate(run: str | Path, limit: int | None, keep: Iterable[str | Path | None]
     checkpoints = list_checkpoints(run)
     surplus = [path for path in checkpoints[:-1] if path.resolve() not in kept]
     for path in surplus[: max(0, len(checkpoints) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk hold every byte before the rename that makes them count."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        remove(path, CARD)

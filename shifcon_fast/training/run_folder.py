@@ -6,25 +6,55 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import peft
 import torch
 import transformers
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import read_json, settle, sha256_file, staged_update, write_json
-from shifcon_fast.training.checkpoints import list_checkpoints
+from shifcon_fast.storage import read_json, replacing, sha256_file, verify, write_json
+from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.version import __version__
 
-CARD = "shifcon.json"
 LOG = "training_log.json"
 FORMAT = "shifcon_fast.run"
 FORMAT_VERSION = 1
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# What belongs to the card and goes with it when a run is replaced or started over.
+FILES = (*ADAPTER, space_files.CARD, space_files.TENSORS, LOG)
 _LOGGED = ("step", "epoch", "loss", "loss_generation", "loss_contrastive", "learning_rate", "grad_norm")
+
+
+class Boundaries(TypedDict):
+    """A layer area [forward, backward)."""
+
+    forward: int
+    backward: int
+
+
+class RunCard(TypedDict):
+    """``shifcon.json``."""
+
+    format: str
+    format_version: int
+    base_model: str
+    quantization: Literal["nf4", "none"]
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    area: Boundaries | None
+    alpha: Annotated[float, Field(allow_inf_nan=False)]
+    recipe: Literal["stable", "official"]
+    shift: bool
+    pivot: str | None
+    languages: list[str]
+    files: dict[str, str]
+    training: dict[str, Any]
+    versions: dict[str, str]
 
 
 @dataclass
@@ -59,7 +89,7 @@ def save_run(folder: str | Path, model: Any, state: RunState) -> None:
     Raises:
         TypeError: not a PEFT model. OSError: the disk is full; the folder is then as it was.
     """
-    with staged_update(folder) as staging:
+    with replacing(folder, CARD, FILES) as staging:
         write_run_files(staging, model, state)
 
 
@@ -111,6 +141,7 @@ def load(
     """
     folder = Path(folder)
     card = read_card(folder)
+    read_json(folder / ADAPTER[0], "the configuration of a PEFT adapter")
     source = base or card["base_model"]
     try:
         model = load_quantized(
@@ -126,43 +157,47 @@ def load(
         ) from error
     try:
         model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
-    except (RuntimeError, KeyError, OSError) as error:
+    except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
             f"{folder}: its adapter does not fit the base model {str(source)!r}: {error}"
         ) from error
     if card["area"] is not None:
-        attach(
-            model,
-            _read_space(folder, card),
-            forward=card["area"]["forward"],
-            backward=card["area"]["backward"],
-            alpha=card["alpha"] if card["shift"] else 0.0,
-            recipe=card["recipe"],
-        )
+        space = LanguageSpace.load(folder)
+        try:
+            attach(
+                model,
+                space,
+                forward=card["area"]["forward"],
+                backward=card["area"]["backward"],
+                alpha=card["alpha"] if card["shift"] else 0.0,
+                recipe=card["recipe"],
+            )
+        except ValueError as error:
+            raise ValueError(f"{folder / CARD}: cannot be attached: {error}") from error
     return model
 
 
-def read_card(folder: str | Path) -> dict[str, Any]:
-    """The checked content of a run folder's ``shifcon.json``.
+def read_card(folder: str | Path) -> RunCard:
+    """The checked content of a run folder's ``shifcon.json``; its tensor files are the ones it was written with.
 
     Raises:
-        ValueError: not a run folder, or one of a newer version; the message says what the folder is instead.
+        ValueError: not a run folder, one of a newer version, or a damaged one; the message says what the folder is
+            instead, or names the file.
     """
     folder = Path(folder)
-    settle(folder)
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder}: {_what_it_is(folder)}; wanted a run folder with {CARD}")
-    card = read_json(folder / CARD, "the card of a run, as ShifConTrainer writes it")
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{folder / CARD}: format is {card.get('format')!r}; wanted {FORMAT!r}")
-    if card.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / CARD}: format_version is {card.get('format_version')!r}; this release reads "
-            f"{FORMAT_VERSION}"
-        )
-    wanted = ("base_model", "quantization", "dtype", "area", "alpha", "recipe", "shift", "space_sha256")
-    if missing := [name for name in wanted if name not in card]:
-        raise ValueError(f"{folder / CARD}: lacks {', '.join(missing)}; it is damaged")
+    card = read_json(
+        folder / CARD,
+        "the card of a run, as ShifConTrainer writes it",
+        RunCard,
+        wanted={"format": FORMAT, "format_version": FORMAT_VERSION},
+    )
+    needed = {ADAPTER[1], *((space_files.TENSORS,) if card["area"] else ())}
+    if needed != card["files"].keys():
+        raise ValueError(f"{folder / CARD}: files: got {list(card['files'])}; wanted {sorted(needed)}")
+    for name, digest in card["files"].items():
+        verify(folder / name, digest)
     return card
 
 
@@ -178,16 +213,7 @@ def _what_it_is(folder: Path) -> str:
     return "not ours"
 
 
-def _read_space(folder: Path, card: Mapping[str, Any]) -> LanguageSpace:
-    space = LanguageSpace.load(folder)
-    if sha256_file(folder / space_files.TENSORS) != card["space_sha256"]:
-        raise ValueError(
-            f"{folder}: its language space is not the one of {CARD}; copy the whole folder again"
-        )
-    return space
-
-
-def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None) -> dict[str, Any]:
+def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None) -> RunCard:
     handle = state.handle
     base = model.get_base_model()
     source = str(
@@ -198,14 +224,18 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
         "format_version": FORMAT_VERSION,
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
-        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),  # type: ignore[typeddict-item]
         "area": {"forward": handle.forward, "backward": handle.backward} if handle else None,
         "alpha": handle.alpha if handle else 1.0,
         "recipe": handle.recipe if handle else "stable",
         "shift": state.shift and handle is not None,
         "pivot": space.pivot if space else None,
         "languages": list(space.languages) if space else [],
-        "space_sha256": sha256_file(folder / space_files.TENSORS) if space else None,
+        "files": {
+            name: sha256_file(folder / name)
+            for name in (ADAPTER[1], space_files.TENSORS)
+            if (folder / name).is_file()
+        },
         "training": dict(state.settings),
         "versions": {
             "shifcon_fast": __version__,

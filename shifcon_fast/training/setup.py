@@ -15,8 +15,9 @@ from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.checkpoints import CARD, read_trainer_state
 from shifcon_fast.training.contrastive_data import ContrastiveSampler
-from shifcon_fast.training.run_folder import CARD, read_card
+from shifcon_fast.training.run_folder import read_card
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
     Raises:
         ValueError: not a checkpoint, or one of another area, recipe or other languages.
     """
-    card = read_card(checkpoint)
+    read_trainer_state(checkpoint)
+    card: Mapping[str, Any] = read_card(checkpoint)
     area = None if handle is None else {"forward": handle.forward, "backward": handle.backward}
     here: dict[str, Any] = {"area": area}
     if handle is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -20,14 +21,15 @@ from shifcon_fast.data.rows import Source
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training import checkpoints
+from shifcon_fast.storage import read_tensors, replacing, staging_folder
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
 from shifcon_fast.training.estimation import estimate_again
 from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.quantization import keep_4bit_trainable
-from shifcon_fast.training.run_folder import RunState, save_run, write_run_files
+from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.setup import (
     attach_for_training,
     check_same_run,
@@ -35,6 +37,8 @@ from shifcon_fast.training.setup import (
     track_vectors,
     within_context,
 )
+
+logger = logging.getLogger(__name__)
 
 VECTORS = "language_vectors.safetensors"
 Instructions = Source | Sequence[Instruction] | Dataset[Any]
@@ -108,6 +112,7 @@ class ShifConTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
         self._meter = LossMeter()
         self._interrupt = InterruptOnce()
+        self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(_StepEnd(self))
 
@@ -281,13 +286,18 @@ class ShifConTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C, once the step at hand is finished and a checkpoint is saved.
             ValueError: a checkpoint of another run.
         """
-        if self.args.should_save:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            checkpoints.clean_up(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))
+        elif not resume_from_checkpoint and (Path(self.args.output_dir) / CARD).is_file():
+            logger.warning(
+                "%s holds a finished run, which shifcon_fast.load goes on reading until this training ends and "
+                "replaces it",
+                self.args.output_dir,
+            )
         with InterruptOnce() as self._interrupt:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interrupt.requested:
-            saved = checkpoints.list_checkpoints(self.args.output_dir)
+            saved = list_checkpoints(self.args.output_dir)
             where = f"; saved as {saved[-1]}" if saved else ""
             raise KeyboardInterrupt(f"stopped after step {self.state.global_step}{where}")
         self._finish()
@@ -304,10 +314,12 @@ class ShifConTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a run folder, all or nothing; only the main process does."""
         if self.args.should_save:
+            # In the middle of training the saved vectors are those of evaluation, not the undivided sums.
+            vectors = self._vectors if self.is_in_train else None
             save_run(
                 output_dir or self.args.output_dir,
                 self.accelerator.unwrap_model(self.model),
-                self._run_state(),
+                self._run_state(vectors.space(training=False) if vectors else None),
             )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -322,45 +334,36 @@ class ShifConTrainer(Trainer):
             space=space,
         )
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """``Trainer._save_checkpoint``, into a staging folder that is renamed when it is whole."""
-        run = self._get_output_dir(trial=trial)
-        staging = checkpoints.staging_folder(run, self.state.global_step)
-        if self.args.should_save:
-            Path(run).mkdir(parents=True, exist_ok=True)
-            checkpoints.clean_up(run)
-            staging.mkdir()
-        self.accelerator.wait_for_everyone()
-        try:
-            self._write_checkpoint(staging, Path(run))
+        """``Trainer._save_checkpoint``, all or nothing: it writes into a staging folder (``storage.replacing``)."""
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(replacing(run, f"{name}/{CARD}"))
             self.accelerator.wait_for_everyone()
+            self._staging = staging_folder(run, CARD)
+            stack.callback(setattr, self, "_staging", None)
+            super()._save_checkpoint(model, trial)
+            best, found = self.state.best_global_step, run / f"checkpoint-{self.state.best_global_step}"
+            if best == self.state.global_step or found.is_dir():
+                self.state.best_model_checkpoint = str(found)  # not where it is staged
             if self.args.should_save:
-                published = checkpoints.publish(staging)
-                if self.args.push_to_hub:
-                    self._push_from_checkpoint(str(published))
-                checkpoints.rotate(run, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
-        except BaseException:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
+                self.state.save_to_json(str(self._staging / name / TRAINER_STATE_NAME))
+                if self._vectors is not None:
+                    save_file(self._vectors.state_dict(), self._staging / name / VECTORS)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(run / name))
+            rotate(run, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
 
-    def _write_checkpoint(self, staging: Path, run: Path) -> None:
-        self.store_flos()
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
-        if not self.args.should_save:
-            return
-        space = self._vectors.space(training=False) if self._vectors is not None else None
-        write_run_files(staging, self.accelerator.unwrap_model(self.model), self._run_state(space))
-        if self._vectors is not None:
-            save_file(self._vectors.state_dict(), staging / VECTORS)
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
-        self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # once it is whole
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_run(Path(resume_from_checkpoint), self.handle)
@@ -374,11 +377,11 @@ class ShifConTrainer(Trainer):
     def _load_vectors(self, checkpoint: Path) -> None:
         if self._vectors is None or self.handle is None:
             return
-        if not (checkpoint / VECTORS).is_file():
-            raise ValueError(
-                f"{checkpoint}: has no {VECTORS}; it is not a checkpoint of a run with a language space"
-            )
-        self._vectors.load_state_dict(load_file(checkpoint / VECTORS))
+        vectors = read_tensors(checkpoint / VECTORS)
+        try:
+            self._vectors.load_state_dict(vectors)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint / VECTORS}: {error}") from error
         self.handle.set_space(self._vectors.space(training=True))
 
     def _interrupted(self) -> bool:

@@ -71,10 +71,12 @@ def test_a_result_survives_its_file(plain, tmp_path) -> None:
     assert EvaluationResult.load(tmp_path / "new") == plain
     text = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert text["summary"]["perplexity"]["unshifted"]["de"] == plain.perplexity["unshifted"]["de"].value
-    with pytest.raises(ValueError, match="kind is None"):
-        EvaluationResult.from_json({}, "x.json")
-    with pytest.raises(ValueError, match=r"not a complete evaluation \('model'\)"):
-        EvaluationResult.from_json({"kind": "evaluation", "format_version": 1})
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"evaluation\.json: kind is None; wanted 'evaluation'"):
+        EvaluationResult.load(path)
+    path.write_text('{"kind": "evaluation", "format_version": 1}')
+    with pytest.raises(ValueError, match=r"evaluation\.json: lacks 'model'"):
+        EvaluationResult.load(path)
     with pytest.raises(ValueError, match="no such file"):
         EvaluationResult.load(tmp_path / "nowhere.json")
 

@@ -134,8 +134,9 @@ def test_the_comparison_page(comparison: Comparison, tmp_path) -> None:
 def test_a_comparison_survives_its_file(comparison: Comparison, tmp_path) -> None:
     comparison.save(tmp_path / "c.json")
     assert Comparison.load(tmp_path / "c.json") == comparison
-    with pytest.raises(ValueError, match="not a system comparison"):
-        Comparison.from_json({"kind": "evaluation"})
+    (tmp_path / "c.json").write_text('{"kind": "evaluation"}')
+    with pytest.raises(ValueError, match=r"c\.json: kind is 'evaluation'; wanted 'system comparison'"):
+        Comparison.load(tmp_path / "c.json")
     with pytest.raises(
         ValueError, match="outcomes has no system 'QLoRA'; it has before, plain QLoRA, ShifCon"
     ):
@@ -173,7 +174,7 @@ def test_a_page_is_replaced_in_one_step(tmp_path, monkeypatch: pytest.MonkeyPatc
     def full_disk(*args: object, **options: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path, "second", [])
     assert "<h1>first</h1>" in target.read_text(encoding="utf-8")

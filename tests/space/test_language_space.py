@@ -232,7 +232,7 @@ def flip_a_bit(folder: Path) -> None:
 
 def not_safetensors(folder: Path) -> None:
     (folder / files.TENSORS).write_bytes(b"not tensors")
-    rewrite_card(folder, tensors={"sha256": sha256_file(folder / files.TENSORS)})
+    rewrite_card(folder, tensors={"file": files.TENSORS, "sha256": sha256_file(folder / files.TENSORS)})
 
 
 @pytest.mark.parametrize(
@@ -243,10 +243,16 @@ def not_safetensors(folder: Path) -> None:
         (lambda f: (f / files.CARD).write_text("[]"), "holds a JSON list"),
         (lambda f: rewrite_card(f, format="gguf"), "format is 'gguf'; wanted 'shifcon_fast.language_space'"),
         (lambda f: rewrite_card(f, format_version=2), "format_version is 2; this release reads 1"),
-        (lambda f: rewrite_card(f, card=None), "lacks 'tensors' or 'card'"),
+        (lambda f: rewrite_card(f, card=None), r"language_space\.json: card: .* got None"),
+        (lambda f: rewrite_card(f, tensors={}), r"language_space\.json: lacks 'tensors\.file'"),
+        (
+            lambda f: rewrite_card(f, card={"model": {"fingerprint": 7}}),
+            r"card\.model\.fingerprint: .* got 7",
+        ),
+        (lambda f: rewrite_card(f, sentences={"en": 8}), r"counts: got \['en'\]"),
         (lambda f: rewrite_card(f, pivot="fr"), "pivot: got 'fr'"),
         (lambda f: rewrite_card(f, languages=["en"]), r"mean: got shape \(4, 3, 6\)"),
-        (lambda f: rewrite_card(f, languages=7), "damaged"),
+        (lambda f: rewrite_card(f, languages=7), r"language_space\.json: languages: .* got 7"),
         (lambda f: rewrite_card(f, hidden_size=8), "4 boundaries of hidden size 8, the tensors hold 4 of 6"),
         (lambda f: (f / files.TENSORS).unlink(), r"language_space\.safetensors: no such file, though"),
         (flip_a_bit, "its SHA-256 is not the one"),

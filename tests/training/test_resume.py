@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import shifcon_fast as sf
-from shifcon_fast.training import checkpoints
-from shifcon_fast.training import trainer as trainer_module
+from shifcon_fast.data.instructions import Instruction
+from shifcon_fast.training import run_folder
+from shifcon_fast.training.checkpoints import list_checkpoints, rotate
 from shifcon_fast.training.losses import NonFiniteLossError
 from shifcon_fast.training.trainer import ShifConTrainer
 
@@ -102,7 +104,7 @@ def test_resume_refuses_another_area(make_trainer: Callable[..., ShifConTrainer]
 
 
 @pytest.mark.parametrize(
-    "broken", ["_save_optimizer_and_scheduler", "write_run_files", "_save_rng_state", "publish", "rename"]
+    "broken", ["_save_optimizer_and_scheduler", "write_run_files", "_save_rng_state", "fsync", "rename"]
 )
 def test_failed_save_leaves_the_previous_checkpoint(
     make_trainer: Callable[..., ShifConTrainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
@@ -110,16 +112,14 @@ def test_failed_save_leaves_the_previous_checkpoint(
     """A full disk at different points of the second save."""
     run = tmp_path / "run"
     trainer = make_trainer(max_steps=4, **STEPS)
-    owner: Any = {
-        "write_run_files": trainer_module,
-        "publish": checkpoints,
-        "rename": os,
-    }.get(broken, trainer)
+    owner: Any = {"write_run_files": run_folder, "fsync": os, "rename": os}.get(broken, trainer)
     name = "replace" if broken == "rename" else broken
     original = getattr(owner, name)
 
     def fail_late(*args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step == 4 and (broken != "rename" or str(args[1]).endswith("checkpoint-4")):
+        if trainer.state.global_step == 4 and (
+            broken != "rename" or str(args[1]).startswith(str(run / "checkpoint-4"))
+        ):
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)
 
@@ -127,7 +127,7 @@ def test_failed_save_leaves_the_previous_checkpoint(
         patch.setattr(owner, name, fail_late)
         with pytest.raises(OSError, match="No space left"):
             trainer.train()
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2"]
     assert not list(run.glob(".*"))
     resumed = make_trainer(max_steps=4, **STEPS)
     resumed.train(resume_from_checkpoint=True)
@@ -140,7 +140,6 @@ KILLED = """
     from transformers import AutoTokenizer
     from shifcon_fast import LanguageSpace, ShifConArguments, ShifConTrainer, load_quantized
     from shifcon_fast.data import Instruction
-    from shifcon_fast.training import checkpoints
 
     base, space, run = sys.argv[1:]
     model = load_quantized(base, LoraConfig(r=2, target_modules="all-linear"), "none")
@@ -154,19 +153,20 @@ KILLED = """
         train_dataset=[Instruction.single("en", "Ada lives in", "Rome")] * 4,
         space=LanguageSpace.load(space),
     )
-    sync = checkpoints._sync
+    replace = os.replace
 
-    def die(folder):
-        if folder.name.endswith("checkpoint-4"):
+    def die(source, target):
+        if str(target).endswith("checkpoint-4/shifcon.json") and ".saving" not in str(target):
             os.kill(os.getpid(), 9)
-        sync(folder)
+        replace(source, target)
 
-    checkpoints._sync = die
+    os.replace = die
     trainer.train()
 """
 
 
 def test_kill_in_the_middle_of_a_save(tiny_checkpoint: Path, space: sf.LanguageSpace, tmp_path: Path) -> None:
+    """At the worst moment: everything of the checkpoint is in place but its card."""
     space.save(tmp_path / "space")
     run = tmp_path / "run"
     result = subprocess.run(
@@ -177,47 +177,83 @@ def test_kill_in_the_middle_of_a_save(tiny_checkpoint: Path, space: sf.LanguageS
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (run / ".saving-checkpoint-4" / "adapter_model.safetensors").exists()
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-2"]
+    assert (run / "checkpoint-4" / "adapter_model.safetensors").exists()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match=r"checkpoint-4: .*wanted a run folder with shifcon\.json"):
+        sf.load(run / "checkpoint-4")
     assert sf.load(run / "checkpoint-2").shifcon.backward == 3
-    checkpoints.clean_up(run)
-    assert not list(run.glob(".saving-*"))
 
 
-def test_kill_while_a_checkpoint_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving step 2 once more, killed between the two renames: the old one comes back."""
+def test_a_resumed_run_goes_on_with_its_callbacks(
+    make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction], tmp_path: Path
+) -> None:
+    """Early stopping counts evaluations without an improvement, over the end of a process."""
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "eval_dataset": instructions[:4],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "metric_for_best_model": "eval_loss",
+        "load_best_model_at_end": True,
+        "learning_rate": 0.0,  # so that nothing improves
+    }
+    trainer = make_trainer(callbacks=[EarlyStoppingCallback(9), StopAt(3, crash)], **settings)
+    with pytest.raises(OSError, match="went away"):
+        trainer.train()
+    run = tmp_path / "run"
+    saved = json.loads((run / "checkpoint-3" / "trainer_state.json").read_text())
+    counter = saved["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
+    assert counter == {"early_stopping_patience_counter": 2}  # the first evaluation is the best
+    assert saved["best_model_checkpoint"] == str(run / "checkpoint-1")
 
-    class Killed(BaseException):
-        pass
+    resumed = make_trainer(callbacks=[EarlyStoppingCallback(9)], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    (callback,) = (
+        each for each in resumed.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)
+    )
+    assert callback.early_stopping_patience_counter == 5
+    assert resumed.state.best_model_checkpoint == str(run / "checkpoint-1")
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-1", "checkpoint-6"]  # best and last
 
-    for name in ("checkpoint-2", ".saving-checkpoint-2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mark").write_text(name)
-    replace = os.replace
 
-    def die(source: Path, target: Path) -> None:
-        if Path(source).name.startswith(".saving"):
-            raise Killed
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", die)
-        with pytest.raises(Killed):
-            checkpoints.publish(tmp_path / ".saving-checkpoint-2")
-    checkpoints.clean_up(tmp_path)
-    assert (tmp_path / "checkpoint-2" / "mark").read_text() == "checkpoint-2"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+def test_the_best_checkpoint_is_named_where_it_lies(
+    make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction], tmp_path: Path
+) -> None:
+    """It is written elsewhere first; what its own state says must hold after the move."""
+    make_trainer(
+        max_steps=2,
+        eval_dataset=instructions[:4],
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_loss",
+        **STEPS,
+    ).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(checkpoint)
+    assert not list((tmp_path / "run").rglob(".saving*"))
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     for step in (2, 4, 10, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / ".saving-checkpoint-12").mkdir()
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)][-1] == "checkpoint-10"
-    checkpoints.rotate(tmp_path, 2, keep=[tmp_path / "checkpoint-2", None])
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    checkpoints.rotate(tmp_path, None, keep=[])
-    assert len(checkpoints.list_checkpoints(tmp_path)) == 2
+        write_json_card(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-12").mkdir()  # killed before its card was there
+    outside = tmp_path / "outside"
+    write_json_card(outside)
+    (tmp_path / "checkpoint-3").symlink_to(outside)
+    assert [path.name for path in list_checkpoints(tmp_path)][-1] == "checkpoint-10"
+    rotate(tmp_path, 2, keep=[tmp_path / "checkpoint-2", None])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert (outside / "shifcon.json").is_file()  # only the link went
+    rotate(tmp_path, None, keep=[])
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def write_json_card(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "shifcon.json").write_text("{}")
 
 
 def test_first_interrupt_saves_and_stops(make_trainer: Callable[..., ShifConTrainer], tmp_path: Path) -> None:
@@ -249,7 +285,7 @@ def test_second_interrupt_aborts_at_once(make_trainer: Callable[..., ShifConTrai
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 1
-    assert checkpoints.list_checkpoints(tmp_path / "run") == []
+    assert list_checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("which", ["loss_generation", "loss_contrastive", "gradient norm"])
@@ -274,6 +310,6 @@ def test_what_is_not_finite_stops_the_run(
         parameter.register_hook(lambda g: g * float("nan") if trainer.state.global_step == 3 else g)
     with pytest.raises(NonFiniteLossError, match=f"step 4.*{which} is (nan|inf)"):
         trainer.train()
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     weights = load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())

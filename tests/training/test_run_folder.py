@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,8 @@ def test_foreign_and_damaged_folders(
         sf.load(tmp_path / "space")
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    space.save(copy)
-    with pytest.raises(ValueError, match=r"its language space is not the one of shifcon\.json"):
+    replace(space, rms=space.rms + 1).save(copy)
+    with pytest.raises(ValueError, match=r"language_space\.safetensors: its SHA-256 is not the one"):
         sf.load(copy)
     shutil.copy(folder / "language_space.json", copy)
     shutil.copy(folder / "language_space.safetensors", copy)
