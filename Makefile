@@ -1,6 +1,7 @@
 # make demo   create the environment, build what there is to build, run the whole method on a generated world
 # make test   create the environment if it is not there, check style and types, run the tests that take no more than minutes
 # make test-all   make test, then what it left out: the tests marked slow, whose reasons it prints
+# make test-real   fetch two real models (0.35 GB, kept in ~/.cache/shifcon_fast) and run the tests that need them
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc")
 
-.PHONY: demo test test-all lint sanitize aot format clean lock
+.PHONY: demo test test-all test-real lint sanitize aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -24,6 +25,10 @@ test: $(VENV)/.ready lint
 # One after the other, and no test twice, also as `make test test-all`. The marker takes a reason: pyproject.toml.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
+
+# One process: the models are opened once, and use all cores.
+test-real: $(VENV)/.ready
+	$(BIN)/pytest tests/real
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
