@@ -34,6 +34,49 @@ def encode_prompt(
     return _encode_start(tokenizer, "".join(turn.content + "\n" for turn in turns))
 
 
+def prompt_text(
+    tokenizer: Any, prompt: Sequence[Turn], *, delimiter: str = " ", use_chat_template: bool = False
+) -> str:
+    """A conversation as the text that a continuation is scored after.
+
+    Without the chat template: worked examples, ``question + delimiter + answer`` each, separated by empty lines,
+    then the last question.
+
+    Raises:
+        DataError: the chat template is asked for and the tokenizer has none.
+    """
+    if use_chat_template:
+        if not _has_template(tokenizer):
+            raise DataError("use_chat_template is True, and the tokenizer has no chat template")
+        messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    ends = {"assistant": "\n\n", "user": delimiter, "system": "\n\n"}
+    return "".join(turn.content + ends[turn.role] for turn in prompt[:-1]) + prompt[-1].content
+
+
+def encode_continuation(tokenizer: Any, text: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text, and of what continues it, tokenised as one (as lm-evaluation-harness does).
+
+    White space at the end of the text goes to the continuation, since tokens begin with a space and do not end in
+    one. Where a token would span the border, the two are tokenised apart (the harness does not): no letter of the
+    continuation may count as the text's. Special tokens are the tokenizer's own (BOS), and not added again where
+    the text begins with BOS, as rendered chat templates do.
+    """
+    stripped = text.rstrip()
+    if stripped:
+        continuation, text = text[len(stripped) :] + continuation, stripped
+    with_special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    whole, before = (
+        _encode_start(tokenizer, part)
+        if with_special
+        else list(tokenizer(part, add_special_tokens=False)["input_ids"])
+        for part in (text + continuation, text)
+    )
+    if whole[: len(before)] != before or len(whole) == len(before):
+        return before, list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+    return before, whole[len(before) :]
+
+
 def encode_example(
     tokenizer: Any, instruction: Instruction, *, use_chat_template: bool = True
 ) -> EncodedExample:

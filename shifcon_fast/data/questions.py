@@ -1,27 +1,55 @@
-"""Questions whose answers can be checked exactly."""
+"""Questions whose answers can be checked exactly: free answers, and multiple choice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from shifcon_fast.data.choices import answer_and_choices, check_choices
 from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language, refuse_repeated
 from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
 
 Answer = int | float | str
-_OTHER_FIELDS = ("row", "answer", "lang", "question", "prompt", "choices")
+_OTHER_FIELDS = ("row", "answer", "lang", "question", "prompt", "choices", "group")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question in one language; questions of the same ``row`` ask the same thing."""
+    """One question in one language; questions of the same ``row`` ask the same thing.
+
+    Attributes:
+        choices: the texts to choose from, the answer one of them; empty where the answer is to be generated.
+        group: the kind of question, such as ``"currency"``; empty where the data names none.
+    """
 
     row: int
     language: str
     text: str
     answer: Answer
+    choices: tuple[str, ...] = ()
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.choices:
+            check_choices(self.choices, f"choices of question {self.row} ({self.language})")
+            if self.answer not in self.choices:
+                raise DataError(
+                    f"question {self.row} ({self.language}): answer is {self.answer!r}, which is none of the "
+                    f"choices {', '.join(map(repr, self.choices))}"
+                )
+
+    @property
+    def gold(self) -> int:
+        """The place of the right choice, from 0.
+
+        Raises:
+            ValueError: the question has no choices.
+        """
+        if not self.choices:
+            raise ValueError(f"question {self.row} ({self.language}) has no choices; wanted multiple choice")
+        return self.choices.index(str(self.answer))
 
 
 def read_questions(
@@ -35,7 +63,8 @@ def read_questions(
     A row holds the question in several languages, ``{"answer": 18, "en": "...", "sw": "..."}``, and gives one
     :class:`Question` a language; or it holds one, ``{"lang": "sw", "question": "...", "answer": "Nairobi"}``
     (``prompt`` is taken for ``question``). ``answer`` is a number or a string. An integer ``row`` field numbers the
-    question; rows without one are numbered from 0 by their place.
+    question; rows without one are numbered from 0 by their place. ``choices`` makes it multiple choice, see
+    :func:`~shifcon_fast.data.choices.answer_and_choices`; ``group`` names the kind of question.
 
     Args:
         source: a file, a Hugging Face dataset (``id[:config[:split]]``), rows in memory, or ready questions.
@@ -45,7 +74,8 @@ def read_questions(
         allow_missing: leave out a question that is missing in a language (nothing visible), instead of refusing it.
 
     Raises:
-        DataError: no answer, no question, empty text, or a language of ``languages`` that the data lacks.
+        DataError: no answer, no question, empty text, wrong choices, or a language of ``languages`` that the data
+            lacks.
     """
     if isinstance(source, Sequence) and source and all(isinstance(item, Question) for item in source):
         name, questions = "the given questions", list(source)
@@ -92,14 +122,15 @@ def _parse(
     row: Row, index: int, fields: Sequence[str], *, allow_missing: bool, some_only: bool
 ) -> list[Question]:
     """The questions of a row in ``fields``; with ``some_only`` there may be none, since it has other languages."""
-    answer = row.value.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, (int, float, str)) or answer == "":
-        raise DataError(f"{row.where}: 'answer' is {answer!r}; wanted a number or a string")
     number = _row_number(row.value.get("row"), index)
+    group = row.value.get("group") or ""
+    if not isinstance(group, str):
+        raise DataError(f"{row.where}: 'group' is {group!r}; wanted the name of a kind of question")
     if "lang" in row.value:
         language = check_text(row.value["lang"], row.where, "'lang'")
         key = "question" if row.value.get("question") is not None else "prompt"
-        return [Question(number, language, check_text(row.value.get(key), row.where, "'question'"), answer)]
+        text = check_text(row.value.get(key), row.where, "'question'")
+        return [Question(number, language, text, *answer_and_choices(row, language), group)]
     values = {key: row.value[key] for key in fields if row.value.get(key) is not None}
     if allow_missing:
         values = {key: value for key, value in values.items() if not is_missing(value)}
@@ -109,7 +140,7 @@ def _parse(
             f"as in {{'answer': 18, 'en': '...'}}, or 'lang', 'question' and 'answer'"
         )
     return [
-        Question(number, key, check_text(value, row.where, f"{key!r}"), answer)
+        Question(number, key, check_text(value, row.where, f"{key!r}"), *answer_and_choices(row, key), group)
         for key, value in values.items()
     ]
 

@@ -88,7 +88,7 @@ def answer_questions(
     """
     if not questions:
         return []
-    _check_unique(questions)
+    check_unique(questions)
     asked = dict.fromkeys(question.language for question in questions)
     identifier = AnswerLanguage([language for language in asked if can_be_told(language)])
     if untold := [language for language in asked if language not in identifier.languages]:
@@ -96,7 +96,8 @@ def answer_questions(
             "The language of answers in %s is not judged: py3langid does not know it", ", ".join(untold)
         )
     prompts = [
-        encode_prompt(tokenizer, _turns(question, prompt_template, few_shot or {})) for question in questions
+        encode_prompt(tokenizer, prompt_turns(question, prompt_template, few_shot or {}))
+        for question in questions
     ]
     limit = context_length(model)
     for question, prompt in zip(questions, prompts, strict=True):
@@ -205,7 +206,12 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _turns(question: Question, templates: Templates, few_shot: FewShot) -> list[Turn]:
+def prompt_turns(question: Question, templates: Templates, few_shot: FewShot) -> list[Turn]:
+    """The worked examples of the question's language, then the question in its template.
+
+    Raises:
+        ValueError: a template without ``{question}``, or for other languages only.
+    """
     template = templates if isinstance(templates, str) else _of_language(templates, question.language)
     if template is None:
         raise ValueError(
@@ -244,7 +250,8 @@ def _judge(question: Question, prompt: str, response: str, identifier: AnswerLan
     )
 
 
-def _check_unique(questions: Sequence[Question]) -> None:
+def check_unique(questions: Sequence[Question]) -> None:
+    """Raise ValueError where two questions have the same row and language."""
     seen: set[tuple[int, str]] = set()
     for question in questions:
         if (key := (question.row, question.language)) in seen:
