@@ -277,6 +277,7 @@ def _convert(model: RealModel, gguf: Path, folder: Path) -> None:
     loaded.hf_quantizer = None
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
+    vars(loaded.config).pop("_model_name_or_path", None)  # a title that the GGUF carries
     loaded.config._name_or_path = tokenizer.name_or_path = model.name
     loaded.generation_config.bos_token_id = tokenizer.bos_token_id
     loaded.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -69,8 +69,8 @@ def test_gemma3_is_an_ordinary_base_model(open_gemma3: Any) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer.tokenize("a\n\nb") == ["a", "\n\n", "b"]  # user-defined tokens are matched whole
     assert perplexity(open_gemma3, ENGLISH) < 25
-    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(complete(open_gemma3, ids, 3)).startswith(" Paris")
+    ids = tokenizer("Question: What is the capital of Kenya?\nAnswer:", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(complete(open_gemma3, ids, 3)).startswith(" Nairobi")
 
 
 def test_a_folder_that_is_there_is_used_and_a_foreign_one_is_refused(
