@@ -139,13 +139,13 @@ def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
 
 def _space_table(space: LanguageSpace, area: Area) -> str:
     others = [language for language in space.languages if language != space.pivot]
-    lines = ["boundary  distance  noise floor  mean gap  BOS share"]
+    lines = ["boundary  distance  noise floor  dose   sink share"]
     for k in range(space.num_boundaries):
-        gap = sum(space.mean_gap(k, language) for language in others) / len(others)
+        dose = sum(space.dose(k, language) for language in others) / len(others)
         mark = " <" if area.forward <= k < area.backward else ""
         lines.append(
-            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {gap:8.3f}  "
-            f"{float(space.bos_share[k].mean()):9.3f}{mark}"
+            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {dose:5.2f}  "
+            f"{float(space.sink_share[k].mean()):10.3f}{mark}"
         )
     return "\n".join(lines)
 

@@ -70,7 +70,8 @@ def make_space(model: Any, seed: int = 2) -> sf.LanguageSpace:
         mean=0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
         counts=dict.fromkeys(LANGUAGES, 2),
         rms=torch.ones(shape[0]),
-        bos_share=torch.zeros(shape[:2]),
+        median_norm=torch.ones(shape[:2]),
+        sink_share=torch.zeros(shape[:2]),
     )
 
 

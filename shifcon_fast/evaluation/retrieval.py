@@ -16,6 +16,7 @@ reached.)
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ from tqdm.auto import tqdm
 from shifcon_fast import ops
 from shifcon_fast.evaluation.sentences import input_device, sentence_batches
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.modeling.boundaries import boundary_representations, content_mask
+from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.content import content_mask
+
+log = logging.getLogger(__name__)
 
 _SIMILARITIES_AT_ONCE = 32_000_000  # 128 MB of float32
 
@@ -110,6 +114,7 @@ def measure_retrieval(
     count = check_parallel(parallel, pivot)
     scores: dict[str, list[tuple[float, float, float]]] = {code: [] for code in languages if code != pivot}
     matrix: list[list[float | None]] = []
+    counted: Tensor | None = None
     wanted = sorted({*boundaries, matrix_boundary})
     hidden = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     fits = max(1, int(memory_gib * 2**30 // (4 * hidden * count * len(languages))))
@@ -127,15 +132,19 @@ def measure_retrieval(
             )
             for code, sentences in parallel.items()
         }
+        if counted is None:
+            counted = _rows_with_content(spaces)
+        spaces = {code: each[:, counted] for code, each in spaces.items()}
         if matrix_boundary in chunk:
             matrix = _matrix([spaces[code][chunk.index(matrix_boundary)] for code in languages])
         kept = [index for index, boundary in enumerate(chunk) if boundary in set(boundaries)]
         for code, found in scores.items():
             found += retrieval_scores(spaces[code][kept], spaces[pivot][kept])
+    assert counted is not None  # there is at least one boundary
     return Retrieval(
         pivot=pivot,
         languages=languages,
-        sentences=count,
+        sentences=len(counted),
         boundaries=sorted(set(boundaries)),
         scores={
             code: RetrievalScores(*(list(column) for column in zip(*found, strict=True)))
@@ -143,7 +152,7 @@ def measure_retrieval(
         },
         matrix_boundary=matrix_boundary,
         matrix=matrix,
-        duplicates={code: duplicates(sentences) for code, sentences in parallel.items()},
+        duplicates={code: duplicates([texts[i] for i in counted]) for code, texts in parallel.items()},
     )
 
 
@@ -179,6 +188,20 @@ def sentence_representations(
     if representations is None:
         raise ValueError(f"{what} holds no sentence; wanted at least two")
     return representations
+
+
+def _rows_with_content(spaces: Mapping[str, Tensor]) -> Tensor:
+    """The rows that have a content token in every language; a sentence without any has the representation 0."""
+    has_content = torch.stack([each[0].abs().amax(dim=-1) > 0 for each in spaces.values()]).all(dim=0)
+    if not has_content.all():
+        first = int((~has_content).nonzero()[0])
+        log.warning(
+            "parallel: %d row(s) are left out of retrieval, the first is row %d (from 0): in some language the "
+            "sentence has no content token (docs/method.md).",
+            int((~has_content).sum()),
+            first,
+        )
+    return has_content.nonzero().flatten()
 
 
 def retrieval_scores(source: Tensor, target: Tensor) -> list[tuple[float, float, float]]:

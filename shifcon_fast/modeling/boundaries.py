@@ -14,25 +14,8 @@ from torch import Tensor, nn
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.content import ordinary_tokens
 from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
-
-
-def content_mask(
-    input_ids: Tensor, attention_mask: Tensor | None, special_ids: Sequence[int] | Tensor
-) -> Tensor:
-    """Mark the content tokens: attended to, and not BOS, EOS, PAD or another special token.
-
-    Args:
-        input_ids: (B, T) integers.
-        attention_mask: (B, T), non-zero where attended to; None for everywhere.
-        special_ids: ids of the special tokens, as ``tokenizer.all_special_ids`` gives them.
-
-    Returns:
-        (B, T) bool.
-    """
-    special = torch.as_tensor(special_ids, dtype=input_ids.dtype, device=input_ids.device)
-    content = torch.isin(input_ids, special, invert=True)
-    return content if attention_mask is None else content & (attention_mask != 0)
 
 
 def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
@@ -42,8 +25,10 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     pool_mask: Tensor,
     boundaries: Sequence[int],
     language_ids: Tensor | None = None,
+    *,
+    keep_massive: bool = False,
 ) -> Tensor:
-    """Sentence representations r(s, k) at some boundaries: means over the tokens of a mask, in float32.
+    """Sentence representations r(s, k) at some boundaries: means over the content tokens, in float32.
 
     Runs the embedding and blocks 0 … max(boundaries)-1: no later block, no final norm, no LM head. What is kept of
     each boundary is its (B, d) means, never the (B, T, d) hidden states. Differentiable, under gradient
@@ -53,9 +38,11 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     Args:
         model: any model of a known architecture; attached if language_ids are given.
         input_ids, attention_mask: (B, T), as for the model. None attends everywhere.
-        pool_mask: (B, T), which tokens to average; see :func:`content_mask`. A row without any gives zeros.
+        pool_mask: (B, T), which tokens to average; see :func:`~shifcon_fast.modeling.content.content_mask`. A row
+            without any gives zeros.
         boundaries: which, in any order, each in 0 … L-1.
         language_ids: (B,) integers, see :class:`.ShiftHandle`; None for an unshifted pass.
+        keep_massive: average tokens of massive norm too, as the official recipe does.
 
     Returns:
         (len(boundaries), B, d) float32, in the order of ``boundaries``.
@@ -75,10 +62,13 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     pooled: dict[int, Tensor] = {}
 
     def pool(boundary: int, hidden_states: Tensor) -> None:
-        mean = ops.masked_mean_pool(hidden_states, pool_mask.to(hidden_states.device))
+        mask = pool_mask.to(hidden_states.device)
+        if not keep_massive:
+            mask, _ = ordinary_tokens(hidden_states, mask != 0)
+        mean = ops.masked_mean_pool(hidden_states, mask)
         table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
         if ids is not None and table is not None:
-            mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), pool_mask.to(mean.device))
+            mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), mask)
         pooled[boundary] = mean
 
     arguments = {} if ids is None else {"language_ids": ids}

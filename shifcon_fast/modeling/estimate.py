@@ -22,7 +22,8 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import Recipe
-from shifcon_fast.modeling.boundaries import content_mask, visit_boundaries
+from shifcon_fast.modeling.boundaries import visit_boundaries
+from shifcon_fast.modeling.content import content_mask, ordinary_tokens
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.space.estimator import SpaceEstimator
 from shifcon_fast.space.language_space import LanguageSpace
@@ -75,7 +76,8 @@ def estimate_space(
         rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
         max_length: truncate sentences to so many tokens, and to the model's context; None refuses a sentence longer
             than the context.
-        recipe: ``"stable"``: a sentence is the mean of its content tokens, a language the mean of its sentences.
+        recipe: ``"stable"``: a sentence is the mean of its content tokens (:mod:`shifcon_fast.modeling.content`), a
+            language the mean of its sentences. Rows with a sentence that has none are left out, with a warning.
             ``"official"``, as in the authors' code: a sentence is the mean of all its tokens, BOS included, made
             unit length; a language is the mean of the batches' means, batches being taken in the order of the data.
         memory_gib: memory for sentence matrices, in GiB of CPU memory.
@@ -84,7 +86,7 @@ def estimate_space(
 
     Raises:
         ValueError: unknown architecture or recipe; a boundary out of range; a pivot that is not in the data; fewer
-            than two languages, or than two sentences in one; a sentence that is too long or has no content token;
+            than two languages, or than two sentences in one; a sentence that is too long or of special tokens only;
             non-finite hidden states. :class:`~shifcon_fast.data.errors.DataError` for malformed data.
     """
     if recipe not in ("stable", "official"):
@@ -100,8 +102,9 @@ def estimate_space(
     sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
     pivot = find_language(pivot, sentences) or pivot  # as the data writes it
     official = recipe == "official"
+    tokens = _tokenize(tokenizer, sentences, _context(decoder.module), max_length, official)
     estimator = SpaceEstimator(
-        {language: len(texts) for language, texts in sentences.items()},
+        {language: len(texts) for language, texts in tokens.items()},
         pivot,
         num_boundaries=decoder.num_boundaries,
         hidden_size=decoder.hidden_size,
@@ -110,11 +113,10 @@ def estimate_space(
         variance=variance,
         batch_means=official,
     )
-    tokens = _tokenize(tokenizer, sentences, _context(decoder.module), max_length, official)
     batches = list(_batches(tokens, batch_size, sort=not official))
     ranges = estimator.ranges(wanted, memory_bytes=memory_gib * 2**30)
 
-    rows = sum(len(texts) for texts in sentences.values())
+    rows = sum(len(texts) for texts in tokens.values())
     with (
         tqdm(total=rows * len(ranges), desc="language space", unit="sentence", disable=not progress) as bar,
         _evaluation_mode(model),
@@ -182,11 +184,12 @@ def _tokenize(
     max_length: int | None,
     official: bool,
 ) -> dict[str, list[list[int]]]:
-    """Token ids per language, special tokens included."""
+    """Token ids per language, special tokens included, of the rows that have content tokens in every language."""
     if max_length is not None and context is not None:
         max_length = min(max_length, context)
     special = set(tokenizer.all_special_ids)
-    result = {}
+    result: dict[str, list[list[int]]] = {}
+    empty: dict[int, str] = {}
     for language, texts in sentences.items():
         encoded = tokenizer(
             list(texts), truncation=max_length is not None, max_length=max_length, verbose=False
@@ -203,8 +206,23 @@ def _tokenize(
                     f"{where}, {texts[position]!r}, has no content token, only special tokens (unknown ones "
                     "count as special); is this the model's tokenizer?"
                 )
+            if not official and special.issuperset(ids[1:]):
+                empty.setdefault(
+                    position, f"sentence {position + 1} (from 1) of {language!r}, {texts[position]!r}"
+                )
         result[language] = encoded
-    return result
+    if not empty:
+        return result
+    logger.warning(
+        "parallel: %d row(s) are left out: in some language nothing follows the first position, which is the "
+        "attention sink and never counts (first: %s).",
+        len(empty),
+        next(iter(empty.values())),
+    )
+    return {
+        language: [ids for position, ids in enumerate(each) if position not in empty]
+        for language, each in result.items()
+    }
 
 
 def _batches(tokens: Mapping[str, list[list[int]]], size: int, *, sort: bool) -> Iterator[_Batch]:
@@ -228,33 +246,26 @@ def _add_batch(
     official: bool,
 ) -> None:
     input_ids, attention_mask = _pad(batch.token_ids, tokenizer, _input_device(model))
-    content = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
-    pool = attention_mask if official else content
-    bos = torch.zeros_like(content)
-    if tokenizer.bos_token_id is not None:
-        bos[:, 0] = input_ids[:, 0] == tokenizer.bos_token_id
-
-    means: list[Tensor] = []
-    squares: list[Tensor] = []
-    shares: list[Tensor] = []
+    candidates = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
+    found: dict[str, list[Tensor]] = {
+        name: [] for name in ("representations", "square_norms", "tokens", "median_norms", "sink_shares")
+    }
 
     def visit(_: int, hidden_states: Tensor) -> None:
         device = hidden_states.device
-        here, whole, first = content.to(device), attention_mask.to(device), bos.to(device)
-        means.append(ops.masked_mean_pool(hidden_states, pool.to(device), normalize=official).float())
+        attended = attention_mask.to(device) != 0
+        content, medians = ordinary_tokens(hidden_states, candidates.to(device))
+        pooled = attended if official else content
+        means = ops.masked_mean_pool(hidden_states, pooled, normalize=official).float()
         norms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32)
-        squares.append((norms.square() * here).sum())
-        shares.append(_bos_share(hidden_states, whole, first))
+        found["representations"].append(means)
+        found["square_norms"].append((norms.square() * content).sum())
+        found["tokens"].append(content.sum())
+        found["median_norms"].append(medians)
+        found["sink_shares"].append(_sink_share(hidden_states, attended, content))
 
     visit_boundaries(model, input_ids, attention_mask, boundaries, visit)
-    estimator.update(
-        batch.language,
-        batch.positions,
-        _gather(means),
-        square_norms=_gather(squares),
-        tokens=int(content.sum()),
-        bos_share=_gather(shares),
-    )
+    estimator.update(batch.language, batch.positions, **{name: _gather(each) for name, each in found.items()})
 
 
 def _gather(values: Sequence[Tensor]) -> Tensor:
@@ -262,13 +273,14 @@ def _gather(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.cpu() for value in values])
 
 
-def _bos_share(hidden_states: Tensor, attention_mask: Tensor, bos: Tensor) -> Tensor:
-    """(B,) ‖h_bos‖ / (‖h_bos‖ + ‖Σ of the other attended tokens‖), BOS's part of a mean; 0 without BOS."""
-    others = attention_mask.bool() & ~bos
+def _sink_share(hidden_states: Tensor, attended: Tensor, content: Tensor) -> Tensor:
+    """(B,) ‖Σ h left out‖ / (‖Σ h left out‖ + ‖Σ h content‖): what a plain mean would be made of."""
+    left_out = attended & ~content
     # masked_mean_pool never reads what lies under the mask; the mean times the count is the sum.
-    rest = ops.masked_mean_pool(hidden_states, others).norm(dim=-1) * others.sum(1)
-    first = torch.linalg.vector_norm(hidden_states[:, 0], dim=-1, dtype=torch.float32) * bos[:, 0]
-    return first / (first + rest).clamp_min(torch.finfo(torch.float32).tiny)
+    sinks, rest = (
+        ops.masked_mean_pool(hidden_states, mask).norm(dim=-1) * mask.sum(1) for mask in (left_out, content)
+    )
+    return sinks / (sinks + rest).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _pad(

@@ -83,14 +83,23 @@ def mcl_loss(
     """
     _check(mode, temperature)
     boundaries = range(handle.forward, handle.backward)
-    pivot, other = contrastive_representations(model, batch, boundaries, shifted=mode == "shifted")
+    pivot, other = contrastive_representations(
+        model, batch, boundaries, shifted=mode == "shifted", keep_massive=handle.recipe == "official"
+    )
     return mcl_from_representations(pivot, other, mode=mode, temperature=temperature)
 
 
 def contrastive_representations(
-    model: nn.Module, batch: ContrastiveBatch, boundaries: Sequence[int], *, shifted: bool
+    model: nn.Module,
+    batch: ContrastiveBatch,
+    boundaries: Sequence[int],
+    *,
+    shifted: bool,
+    keep_massive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Representations of a batch's pivot sentences and of their translations, each (len(boundaries), N, d) float32.
+
+    ``keep_massive``: see :func:`boundary_representations`.
 
     Raises:
         ValueError: an odd number of rows.
@@ -106,6 +115,7 @@ def contrastive_representations(
         batch["pool_mask"].to(device),
         boundaries,
         batch["language_ids"].to(device) if shifted else None,
+        keep_massive=keep_massive,
     )
     return representations[:, : rows // 2], representations[:, rows // 2 :]
 

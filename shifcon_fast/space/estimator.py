@@ -86,7 +86,8 @@ class SpaceEstimator:
         nan = float("nan")
         self._mean = torch.full((*shape, hidden_size), nan)
         self._rms = torch.full((num_boundaries,), nan)
-        self._bos_share = torch.full(shape, nan)
+        self._sink_share = torch.full(shape, nan)
+        self._median_norm = torch.full(shape, nan)
         self._ridge = torch.full((num_boundaries,), nan, dtype=torch.float64)
         self._floors = torch.full(shape, nan)
         self._split_distances = torch.full(shape, nan)
@@ -127,8 +128,9 @@ class SpaceEstimator:
         representations: Tensor,
         *,
         square_norms: Tensor,
-        tokens: int,
-        bos_share: Tensor,
+        tokens: Tensor,
+        median_norms: Tensor,
+        sink_shares: Tensor,
     ) -> None:
         """Add one batch of n sentences of one language, at the b boundaries of the range.
 
@@ -137,8 +139,9 @@ class SpaceEstimator:
             positions: (n,) indices of the sentences in the language's list, which decide their halves.
             representations: (b, n, d) float32.
             square_norms: (b,) float32 or float64, Σ‖h‖² over the batch's content tokens.
-            tokens: number of those content tokens.
-            bos_share: (b, n), see :class:`LanguageSpace`.
+            tokens: (b,) integers, the number of those content tokens, which may differ between boundaries.
+            median_norms: (b, n), median ‖h‖ of each sentence's content tokens.
+            sink_shares: (b, n), see ``sink_share`` of :class:`LanguageSpace`.
 
         Raises:
             ValueError: no range is open, shapes do not fit, a sentence was given twice, values are not finite.
@@ -155,7 +158,8 @@ class SpaceEstimator:
             representations=representations,
             square_norms=square_norms,
             tokens=tokens,
-            bos_share=bos_share,
+            median_norms=median_norms,
+            sink_shares=sink_shares,
         )
 
     def finish(self, card: Mapping[str, Any] | None = None) -> LanguageSpace:
@@ -167,7 +171,8 @@ class SpaceEstimator:
             mean=self._mean,
             counts=self._counts,
             rms=self._rms,
-            bos_share=self._bos_share,
+            median_norm=self._median_norm,
+            sink_share=self._sink_share,
             bases=self._bases,
             variances=self._variances,
             ridge=self._ridge if measured else None,
@@ -178,12 +183,13 @@ class SpaceEstimator:
 
     def _reduce(self, sums: _RangeSums) -> None:
         sums.check_complete()
-        tokens = sum(sums.tokens.values())
         for i, boundary in enumerate(sums.boundaries):
-            self._rms[boundary] = (sums.square_norms[i] / tokens).sqrt()
+            self._rms[boundary] = (sums.square_norms[i] / sums.tokens[i]).sqrt()
             for position, language in enumerate(self._languages):
                 self._mean[boundary, position] = sums.totals[language][i] / sums.weights[language]
-                self._bos_share[boundary, position] = sums.bos_shares[language][i] / self._counts[language]
+                count = self._counts[language]
+                self._median_norm[boundary, position] = sums.median_norms[language][i] / count
+                self._sink_share[boundary, position] = sums.sink_shares[language][i] / count
             if self._subspaces:
                 self._reduce_subspaces(
                     boundary, {language: sums.matrices[language][i] for language in self._languages}
@@ -244,8 +250,9 @@ class _RangeSums:
         self.totals = {language: torch.zeros(b, d, dtype=torch.float64) for language in counts}
         self.weights = dict.fromkeys(counts, 0)
         self.square_norms = torch.zeros(b, dtype=torch.float64)
-        self.tokens = dict.fromkeys(counts, 0)
-        self.bos_shares = {language: torch.zeros(b, dtype=torch.float64) for language in counts}
+        self.tokens = torch.zeros(b, dtype=torch.int64)
+        self.median_norms = {language: torch.zeros(b, dtype=torch.float64) for language in counts}
+        self.sink_shares = {language: torch.zeros(b, dtype=torch.float64) for language in counts}
         self.matrices = {language: torch.empty(b, n, d) for language, n in counts.items()} if matrices else {}
         self._seen = {language: torch.zeros(n, dtype=torch.bool) for language, n in counts.items()}
         self._batch_means = batch_means
@@ -257,16 +264,21 @@ class _RangeSums:
         *,
         representations: Tensor,
         square_norms: Tensor,
-        tokens: int,
-        bos_share: Tensor,
+        tokens: Tensor,
+        median_norms: Tensor,
+        sink_shares: Tensor,
     ) -> None:
         d = self.totals[language].shape[1]
         b, n = len(self.boundaries), len(positions)
-        wanted = {"representations": (b, n, d), "square_norms": (b,), "bos_share": (b, n)}
-        given = {"representations": representations, "square_norms": square_norms, "bos_share": bos_share}
-        for name, shape in wanted.items():
-            if tuple(given[name].shape) != shape:
-                raise ValueError(f"{name}: got shape {tuple(given[name].shape)}; wanted {shape}")
+        for name, value, shape in (
+            ("representations", representations, (b, n, d)),
+            ("square_norms", square_norms, (b,)),
+            ("tokens", tokens, (b,)),
+            ("median_norms", median_norms, (b, n)),
+            ("sink_shares", sink_shares, (b, n)),
+        ):
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}; wanted {shape}")
         seen, index = self._seen[language], torch.as_tensor(positions, dtype=torch.long)
         if n == 0 or int(index.min()) < 0 or int(index.max()) >= seen.numel():
             raise ValueError(f"positions: got {list(positions)}; wanted indices in 0 … {seen.numel() - 1}")
@@ -287,8 +299,9 @@ class _RangeSums:
             self.totals[language] += x.sum(1, dtype=torch.float64)
             self.weights[language] += n
         self.square_norms += square_norms.detach().to(device="cpu", dtype=torch.float64)
-        self.tokens[language] += tokens
-        self.bos_shares[language] += bos_share.detach().to(device="cpu", dtype=torch.float64).sum(1)
+        self.tokens += tokens.to("cpu")
+        self.median_norms[language] += median_norms.detach().to(device="cpu", dtype=torch.float64).sum(1)
+        self.sink_shares[language] += sink_shares.detach().to(device="cpu", dtype=torch.float64).sum(1)
         if self.matrices:
             self.matrices[language][:, index] = x
 

@@ -17,6 +17,7 @@ TENSORS = "language_space.safetensors"
 CARD = "language_space.json"
 FORMAT = "shifcon_fast.language_space"
 FORMAT_VERSION = 1
+REQUIRED_TENSORS = ("mean", "rms", "median_norm", "sink_share")
 OPTIONAL_TENSORS = ("ridge", "floors", "split_distances")  # absent where subspaces were not estimated
 
 

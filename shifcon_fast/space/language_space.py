@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ class LanguageSpace:
         mean: (L, K, d) float32, language vectors v(l, k). NaN at boundaries that were not estimated.
         counts: sentences per language.
         rms: (L,) float32, √(mean ‖h‖²) over the content tokens of all languages.
-        bos_share: (L, K) float32, the share of BOS in the norm of a sentence mean that includes it, averaged over
-            sentences: ‖h_bos‖ / (‖h_bos‖ + ‖Σ h of the other tokens‖). 0 where the tokenizer adds no BOS.
+        median_norm: (L, K) float32, median ‖h‖ of a sentence's content tokens, averaged over sentences.
+        sink_share: (L, K) float32, what a mean over all attended tokens would owe to those that are not content,
+            averaged over sentences: ‖Σ h left out‖ / (‖Σ h left out‖ + ‖Σ h content‖).
         bases: (boundary, language) → (d, k) float32 orthonormal columns. Empty where subspaces were not asked for.
         variances: (boundary, language) → (k,) float32, s²/(n−1) along each column.
         ridge: (L,) float64, ε of the subspace distance at each boundary.
@@ -42,7 +43,8 @@ class LanguageSpace:
     mean: Tensor
     counts: dict[str, int]
     rms: Tensor
-    bos_share: Tensor
+    median_norm: Tensor
+    sink_share: Tensor
     bases: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
     variances: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
     ridge: Tensor | None = None
@@ -64,7 +66,8 @@ class LanguageSpace:
         boundaries, k, d = self.mean.shape
         wanted = {
             "rms": (boundaries,),
-            "bos_share": (boundaries, k),
+            "median_norm": (boundaries, k),
+            "sink_share": (boundaries, k),
             "ridge": (boundaries,),
             "floors": (boundaries, k),
             "split_distances": (boundaries, k),
@@ -163,9 +166,18 @@ class LanguageSpace:
         return float(floors.nanmean() if language is None else floors[self.language_id(language)])
 
     def mean_gap(self, boundary: int, language: str) -> float:
-        """‖v(language) − v(pivot)‖ / rms‖h‖ at a boundary: the shift's length against a hidden state's."""
+        """‖v(language) − v(pivot)‖ / rms‖h‖ at a boundary, h of all languages: comparable between languages."""
         shift = self.shift_vectors(boundary)[self.language_id(language)]
         return float(shift.double().norm() / self.rms[boundary].double())
+
+    def dose(self, boundary: int, language: str, alpha: float = 1.0) -> float:
+        """‖α (v(pivot) − v(language))‖ / median ‖h‖ of the language: how much of a hidden state the shift replaces.
+
+        Generation is known to collapse from about 1 on (docs/method.md).
+        """
+        position = self.language_id(language)
+        shift = self.shift_vectors(boundary)[position]
+        return abs(alpha) * float(shift.double().norm() / self.median_norm[boundary, position].double())
 
     def replace_means(self, mean: Tensor) -> LanguageSpace:
         """A new space with other language vectors (L, K, d); everything else is shared with this one.
@@ -179,7 +191,7 @@ class LanguageSpace:
 
     def save(self, folder: str | Path) -> None:
         """Write ``language_space.safetensors`` and ``language_space.json`` into a folder, both or neither."""
-        tensors = {"mean": self.mean, "rms": self.rms, "bos_share": self.bos_share}
+        tensors = {name: getattr(self, name) for name in files.REQUIRED_TENSORS}
         for name in files.OPTIONAL_TENSORS:
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
@@ -193,6 +205,10 @@ class LanguageSpace:
             "hidden_size": self.hidden_size,
             "boundaries": list(self.boundaries),
             "sentences": self.counts,
+            "sink_share": self._by_language(
+                lambda k, language: float(self.sink_share[k, self.language_id(language)])
+            ),
+            "dose": self._by_language(self.dose),
         }
         files.write(Path(folder), tensors, description, self.card)
 
@@ -220,7 +236,7 @@ class LanguageSpace:
             if kind in ("basis", "variances"):
                 boundary, _, language = rest.partition(".")
                 (bases if kind == "basis" else variances)[int(boundary), language] = tensor
-        required = ("mean", "rms", "bos_share", *(("ridge",) if bases else ()))
+        required = (*files.REQUIRED_TENSORS, *(("ridge",) if bases else ()))
         if missing := [name for name in required if name not in tensors]:
             raise ValueError(f"{files.TENSORS} lacks {', '.join(map(repr, missing))}")
         space = cls(
@@ -229,7 +245,8 @@ class LanguageSpace:
             mean=tensors["mean"],
             counts=card["sentences"],
             rms=tensors["rms"],
-            bos_share=tensors["bos_share"],
+            median_norm=tensors["median_norm"],
+            sink_share=tensors["sink_share"],
             bases=bases,
             variances=variances,
             **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},
@@ -242,6 +259,16 @@ class LanguageSpace:
                 f"{space.num_boundaries} of {space.hidden_size}; the two files do not belong together"
             )
         return space
+
+    def _by_language(self, measure: Callable[[int, str], float]) -> dict[str, list[float | None]]:
+        """Language → a measure at every boundary, for people who read the card; None where not estimated."""
+        known = set(self.boundaries)
+        return {
+            language: [
+                round(measure(k, language), 4) if k in known else None for k in range(self.num_boundaries)
+            ]
+            for language in self.languages
+        }
 
     def _estimated(self, boundary: int) -> int:
         if not 0 <= boundary < self.num_boundaries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,18 @@ import numpy as np
 import torch
 
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.modeling.boundaries import content_mask
+from shifcon_fast.modeling.content import content_mask
 from shifcon_fast.objective.mcl import ContrastiveBatch
 from shifcon_fast.training.instruction_data import pad_right, padding_id
+
+logger = logging.getLogger(__name__)
 
 
 class ContrastiveSampler:
     """Draws batches of N pairs (pivot sentence, its translation), no text twice among the pairs of a batch.
 
-    Rows are drawn without replacement within a batch and independently between batches.
+    Rows are drawn without replacement within a batch and independently between batches. A sentence without a
+    content token (one word, where the tokenizer puts no BOS in front of it) is passed over, and the first is named.
 
     Args:
         parallel: sentences aligned by position, as ``read_parallel`` gives them.
@@ -68,6 +72,7 @@ class ContrastiveSampler:
         self._max_length = (max_length_pivot, max_length_other)
         self._pool_all = pool_all_tokens
         self._seed = seed
+        self._has_content: dict[tuple[int, str], bool] = {}
 
     def pairs(self, step: int, micro_batch: int = 0, rank: int = 0) -> list[tuple[int, str]]:
         """(row, language) of each pair of a batch."""
@@ -79,22 +84,20 @@ class ContrastiveSampler:
         for row in random.permutation(len(self._parallel[self._pivot])):
             language = languages[len(pairs)]
             texts = {self._parallel[self._pivot][row], self._parallel[language][row]}
-            if seen.isdisjoint(texts):
+            if seen.isdisjoint(texts) and all(
+                self._counts(int(row), each) for each in (self._pivot, language)
+            ):
                 seen |= texts
                 pairs.append((int(row), language))
                 if len(pairs) == self._batch_size:
                     return pairs
         raise DataError(
-            f"parallel: only {len(pairs)} rows whose sentences all differ; wanted contrastive_batch_size = "
-            f"{self._batch_size}"
+            f"parallel: only {len(pairs)} rows whose sentences all differ and have a content token; wanted "
+            f"contrastive_batch_size = {self._batch_size}"
         )
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0) -> ContrastiveBatch:
-        """The batch of an optimizer step, a micro-batch in it, and a process.
-
-        Raises:
-            DataError: a sentence of which no content token is left.
-        """
+        """The batch of an optimizer step, a micro-batch in it, and a process."""
         pairs = self.pairs(step, micro_batch, rank)
         rows = self._encode([(row, self._pivot) for row, _ in pairs], self._max_length[0])
         rows += self._encode(pairs, self._max_length[1])
@@ -103,13 +106,6 @@ class ContrastiveSampler:
         pool_mask = attention_mask.bool()
         if not self._pool_all:
             pool_mask = content_mask(input_ids, attention_mask, self._tokenizer.all_special_ids)
-        sentences = [(row, self._pivot) for row, _ in pairs] + pairs
-        for (row, language), has_content in zip(sentences, pool_mask.any(dim=1).tolist(), strict=True):
-            if not has_content:
-                raise DataError(
-                    f"parallel: sentence {row} (from 0) of {language!r} has no token but special ones: "
-                    f"{self._parallel[language][row][:40]!r}"
-                )
         languages = [self._ids[self._pivot]] * len(pairs) + [self._ids[language] for _, language in pairs]
         return ContrastiveBatch(
             input_ids=input_ids,
@@ -117,6 +113,25 @@ class ContrastiveSampler:
             pool_mask=pool_mask,
             language_ids=torch.tensor(languages),
         )
+
+    def _counts(self, row: int, language: str) -> bool:
+        """Whether a sentence has a token to average; asked of the tokenizer once."""
+        key = (row, language)
+        if key not in self._has_content:
+            (ids,) = self._encode([key], self._max_length[language != self._pivot])
+            tokens = torch.tensor([ids], dtype=torch.long)
+            content = content_mask(tokens, None, self._tokenizer.all_special_ids)
+            has_content = bool(ids) if self._pool_all else bool(content.any())
+            if not has_content and all(self._has_content.values()):
+                logger.warning(
+                    "parallel: sentence %d (from 0) of %r, %r, has no content token (docs/method.md); contrastive "
+                    "batches are made without it and others like it.",
+                    row,
+                    language,
+                    self._parallel[language][row][:40],
+                )
+            self._has_content[key] = has_content
+        return self._has_content[key]
 
     def _encode(self, sentences: Sequence[tuple[int, str]], max_length: int) -> list[list[int]]:
         texts = [self._parallel[language][row] for row, language in sentences]

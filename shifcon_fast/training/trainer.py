@@ -225,6 +225,7 @@ class ShifConTrainer(Trainer):
                     batch["attention_mask"].to(device),
                     batch["pool_mask"].to(device),
                     (self.handle.forward, self.handle.backward),
+                    keep_massive=self.handle.recipe == "official",
                 )
         finally:
             unwrapped.train()

@@ -171,7 +171,8 @@ def test_every_norm_site_of_an_attached_model_runs_on_the_kernels(
         mean=torch.randn(4, 2, 32),
         counts={"en": 9, "sw": 9},
         rms=torch.ones(4),
-        bos_share=torch.zeros(4, 2),
+        median_norm=torch.ones(4, 2),
+        sink_share=torch.zeros(4, 2),
     )
     handle = sf.attach(model, space, forward=1, backward=3)
     if checkpointing:

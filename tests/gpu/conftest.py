@@ -90,7 +90,8 @@ def random_space() -> Callable[..., LanguageSpace]:
             mean=torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
             counts=dict.fromkeys(LANGUAGES, 2),
             rms=torch.ones(shape[0]),
-            bos_share=torch.zeros(shape[:2]),
+            median_norm=torch.ones(shape[:2]),
+            sink_share=torch.zeros(shape[:2]),
         )
 
     return build

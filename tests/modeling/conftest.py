@@ -28,7 +28,8 @@ def build_space(model: nn.Module, *, seed: int = 0, languages: tuple[str, ...] =
         mean=torch.randn(boundaries, count, decoder.hidden_size, generator=generator),
         counts=dict.fromkeys(languages, 2),
         rms=torch.ones(boundaries),
-        bos_share=torch.zeros(boundaries, count),
+        median_norm=torch.ones(boundaries, count),
+        sink_share=torch.zeros(boundaries, count),
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.modeling.boundaries import boundary_representations, content_mask
+from shifcon_fast.modeling.boundaries import boundary_representations
 
 every_architecture = pytest.mark.parametrize(
     "architecture", [row.model_type for row in ARCHITECTURES.values()]
@@ -190,15 +190,6 @@ def test_device_map_hooks_do_not_lead_back_to_the_whole_decoder(tiny_model, batc
     found = boundary_representations(dispatched, **batch, pool_mask=pool_mask, boundaries=[2])
     assert runs == [0, 1]
     assert torch.equal(found, expected)
-
-
-def test_content_mask_leaves_out_special_and_padded_tokens():
-    tokens = torch.tensor([[1, 7, 8, 2, 0], [0, 0, 1, 9, 3]])
-    attended = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]])
-    expected = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
-    assert torch.equal(content_mask(tokens, attended, [0, 1, 2, 3]), expected)
-    assert torch.equal(content_mask(tokens, attended.bool(), torch.tensor([0, 1, 2, 3])), expected)
-    assert torch.equal(content_mask(tokens, None, []), torch.ones_like(tokens, dtype=torch.bool))
 
 
 def test_bad_arguments_are_named(tiny_model, batch, batch_ids, pool_mask):

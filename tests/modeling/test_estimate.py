@@ -69,7 +69,7 @@ def language_vectors(means: dict[str, Tensor]) -> Tensor:
 
 def assert_close(a: LanguageSpace, b: LanguageSpace) -> None:
     assert a.languages == b.languages
-    for name in ("mean", "rms", "bos_share"):
+    for name in ("mean", "rms", "median_norm", "sink_share"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), **CLOSE)
     for name in ("floors", "split_distances"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-3, atol=1e-3)
@@ -89,7 +89,7 @@ def test_language_vectors_are_means_of_sentence_means(
     torch.testing.assert_close(space.mean, expected, **CLOSE)
 
 
-def test_rms_and_bos_share_are_those_of_the_tokens(
+def test_norms_and_sink_shares_are_those_of_the_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, parallel_text: Text
 ) -> None:
     space = run(model, tokenizer, parallel_text)
@@ -103,7 +103,11 @@ def test_rms_and_bos_share_are_those_of_the_tokens(
         shares = [
             h[:, 0].norm(dim=-1) / (h[:, 0].norm(dim=-1) + h[:, 1:].sum(1).norm(dim=-1)) for h in sentences
         ]
-        torch.testing.assert_close(space.bos_share[:, position], torch.stack(shares).mean(0).float(), **CLOSE)
+        torch.testing.assert_close(
+            space.sink_share[:, position], torch.stack(shares).mean(0).float(), **CLOSE
+        )
+        medians = torch.stack([h[:, 1:].norm(dim=-1).median(dim=1).values for h in sentences]).mean(0)
+        torch.testing.assert_close(space.median_norm[:, position], medians.float(), **CLOSE)
 
 
 def test_distances_and_floors_are_those_of_the_sentence_means(
@@ -142,7 +146,7 @@ def test_two_runs_agree_bit_for_bit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, parallel_text: Text
 ) -> None:
     one, other = (run(model, tokenizer, parallel_text) for _ in range(2))
-    for name in ("mean", "rms", "bos_share", "ridge", "floors", "split_distances"):
+    for name in ("mean", "rms", "median_norm", "sink_share", "ridge", "floors", "split_distances"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert all(torch.equal(basis, other.bases[key]) for key, basis in one.bases.items())
 
@@ -168,7 +172,7 @@ def test_memory_limit_means_more_passes_not_another_result(
     two_boundaries = 2 * 4 * 24 * 32 * 4 / 2**30
     ranged = run(model, tokenizer, parallel_text, batch_size=24, memory_gib=two_boundaries)
     assert len(calls) == 4 + 2 * 4
-    for name in ("mean", "rms", "bos_share", "floors"):
+    for name in ("mean", "rms", "median_norm", "sink_share", "floors"):
         assert torch.equal(getattr(ranged, name), getattr(reference, name)), name
     run(model, tokenizer, parallel_text, batch_size=24, memory_gib=1e-9, subspaces=False)
     assert len(calls) == 4 + 2 * 4 + 4
@@ -288,14 +292,13 @@ def test_a_four_bit_model_is_estimated_and_can_still_be_trained(
     torch.testing.assert_close(space.mean, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bos_share_is_zero_for_a_tokenizer_without_bos(
+def test_without_bos_the_first_word_is_left_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, parallel_text: Text
 ) -> None:
     tokenizer.backend_tokenizer.post_processor = None
     assert tokenizer("Ada")["input_ids"] == [tokenizer.convert_tokens_to_ids("Ada")]
-    space = run(model, tokenizer, parallel_text)
-    assert torch.equal(space.bos_share, torch.zeros(4, 4))
-    expected = states(copy.deepcopy(model).double(), tokenizer, parallel_text["en"][0]).mean(1)
+    assert (run(model, tokenizer, parallel_text).sink_share > 0.05).all()
+    expected = states(copy.deepcopy(model).double(), tokenizer, parallel_text["en"][0])[:, 1:].mean(1)
     one = run(
         model, tokenizer, {language: [sentences[0]] * 2 for language, sentences in parallel_text.items()}
     )
@@ -330,6 +333,26 @@ def test_a_sentence_without_content_is_named(
         ValueError, match=r"sentence 2 \(from 1\) of 'tr', 'qwerty uiop', has no content token"
     ):
         run(model, tokenizer, text)
+
+
+def test_a_sentence_of_one_token_has_no_content_without_bos(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    parallel_text: Text,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = {language: list(sentences[:8]) for language, sentences in parallel_text.items()}
+    text["de"][3] = text["tr"][3] = text["en"][6] = "Ada"
+    assert run(model, tokenizer, text).counts["de"] == 8  # with BOS in front, the word counts
+    assert not caplog.records
+    tokenizer.backend_tokenizer.post_processor = None
+    space = run(model, tokenizer, text)
+    assert "2 row(s) are left out" in caplog.text
+    assert "(first: sentence 7 (from 1) of 'en', 'Ada')" in caplog.text
+    rest = {language: [*each[:3], *each[4:6], each[7]] for language, each in text.items()}
+    assert_close(space, run(model, tokenizer, rest))
+    assert space.counts == dict.fromkeys(text, 6)
+    assert run(model, tokenizer, text, recipe="official").counts["de"] == 8  # every token counts
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def random_space() -> Callable[..., LanguageSpace]:
             mean=scale * torch.randn(boundaries, len(LANGUAGES), hidden, generator=generator),
             counts=dict.fromkeys(LANGUAGES, 8),
             rms=torch.ones(boundaries),
-            bos_share=torch.zeros(boundaries, len(LANGUAGES)),
+            median_norm=torch.ones(boundaries, len(LANGUAGES)),
+            sink_share=torch.zeros(boundaries, len(LANGUAGES)),
         )
 
     return build

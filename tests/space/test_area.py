@@ -36,6 +36,7 @@ def space_with(*distances: list[float], floor: float = 0.5, split: float = 5.0) 
         mean,
         dict.fromkeys(languages, 10),
         torch.ones(length),
+        torch.ones(shape),
         torch.zeros(shape),
         bases=bases,
         variances=variances,
@@ -122,7 +123,7 @@ def test_area_refuses(distances: list[float], options: dict[str, float], message
 
 def test_area_needs_subspaces() -> None:
     space = LanguageSpace(
-        ("en", "sw"), "en", torch.zeros(4, 2, 3), {"en": 2, "sw": 2}, torch.ones(4), torch.zeros(4, 2)
+        ("en", "sw"), "en", torch.zeros(4, 2, 3), {"en": 2, "sw": 2}, torch.ones(4), *[torch.ones(4, 2)] * 2
     )
     with pytest.raises(ValueError, match="no subspaces"):
         recommend_area(space)

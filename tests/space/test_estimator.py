@@ -37,7 +37,7 @@ def estimate(
     memory_bytes: float = 1e9,
     **options: object,
 ) -> LanguageSpace:
-    """Feed all data; a token's ‖h‖² is its sentence's ‖r‖², and the BOS share of sentence i is i/100."""
+    """Feed all data; ‖h‖² of a token is its sentence's ‖r‖²; sentence i has median norm i, sink share i/100."""
     counts = {language: x.shape[1] for language, x in data.items()}
     d = next(iter(data.values())).shape[2]
     estimator = SpaceEstimator(counts, "en", num_boundaries=BOUNDARIES, hidden_size=d, **options)  # type: ignore[arg-type]
@@ -51,8 +51,9 @@ def estimate(
                     chunk,
                     x,
                     square_norms=x.double().square().sum((1, 2)),
-                    tokens=len(chunk),
-                    bos_share=(torch.tensor(chunk) / 100).expand(len(boundaries), -1),
+                    tokens=torch.full((len(boundaries),), len(chunk)),
+                    median_norms=torch.tensor(chunk).float().expand(len(boundaries), -1),
+                    sink_shares=(torch.tensor(chunk) / 100).expand(len(boundaries), -1),
                 )
     return estimator.finish()
 
@@ -67,7 +68,7 @@ def batches(
 
 
 def assert_same(a: LanguageSpace, b: LanguageSpace) -> None:
-    for name in ("mean", "rms", "bos_share"):
+    for name in ("mean", "rms", "median_norm", "sink_share"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=2e-7, atol=1e-9)
     for name in ("ridge", "floors", "split_distances"):  # from the same matrices: no round-off at all
         assert torch.equal(getattr(a, name), getattr(b, name)), name
@@ -75,7 +76,7 @@ def assert_same(a: LanguageSpace, b: LanguageSpace) -> None:
     assert all(torch.equal(a.bases[key], b.bases[key]) for key in a.bases)
 
 
-def test_means_rms_and_bos_share_are_the_float64_averages() -> None:
+def test_means_norms_and_sink_shares_are_the_float64_averages() -> None:
     data = representations()
     space = estimate(data)
     assert space.languages == ("en", "de", "sw")
@@ -84,7 +85,9 @@ def test_means_rms_and_bos_share_are_the_float64_averages() -> None:
     torch.testing.assert_close(space.mean, expected.float(), rtol=1e-7, atol=0)
     squares = torch.cat([data[language].double().square().sum(2) for language in data], dim=1)
     torch.testing.assert_close(space.rms, squares.mean(1).sqrt().float(), rtol=1e-7, atol=0)
-    torch.testing.assert_close(space.bos_share, torch.full((BOUNDARIES, 3), (N - 1) / 200), rtol=1e-6, atol=0)
+    everywhere = torch.ones(BOUNDARIES, 3)
+    torch.testing.assert_close(space.median_norm, everywhere * (N - 1) / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(space.sink_share, everywhere * (N - 1) / 200, rtol=1e-6, atol=0)
     shift = (expected[1, 0] - expected[1, 2]).norm() / squares[1].mean().sqrt()
     assert space.mean_gap(1, "sw") == pytest.approx(float(shift), rel=1e-6)
 
@@ -172,8 +175,9 @@ def test_only_the_given_boundaries_are_estimated() -> None:
                 range(N),
                 x[[1]],
                 square_norms=torch.ones(1),
-                tokens=4,
-                bos_share=torch.zeros(1, N),
+                tokens=torch.tensor([4]),
+                median_norms=torch.ones(1, N),
+                sink_shares=torch.zeros(1, N),
             )
     space = estimator.finish()
     assert space.boundaries == (1,)
@@ -248,7 +252,12 @@ def test_estimator_refuses(arguments: dict[str, object], message: str) -> None:
 
 def test_updates_are_checked() -> None:
     estimator = SpaceEstimator({"en": 3, "sw": 3}, "en", num_boundaries=2, hidden_size=4)
-    good = {"square_norms": torch.ones(2), "tokens": 3, "bos_share": torch.zeros(2, 3)}
+    good = {
+        "square_norms": torch.ones(2),
+        "tokens": torch.tensor([3, 3]),
+        "median_norms": torch.ones(2, 3),
+        "sink_shares": torch.zeros(2, 3),
+    }
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match="no range of boundaries is open"):
         estimator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
@@ -260,6 +269,8 @@ def test_updates_are_checked() -> None:
             estimator.update("xx", [0, 1, 2], x, **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"representations: got shape \(1, 3, 4\); wanted \(2, 3, 4\)"):
             estimator.update("en", [0, 1, 2], x[:1], **good)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"tokens: got shape \(1,\); wanted \(2,\)"):
+            estimator.update("en", [0, 1, 2], x, **{**good, "tokens": torch.tensor([3])})
         with pytest.raises(ValueError, match=r"positions: got \[1, 2, 3\]; wanted indices in 0 … 2"):
             estimator.update("en", [1, 2, 3], x, **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="given twice"):

@@ -33,6 +33,7 @@ def make_space(*, subspaces: bool = True, seed: int = 0) -> LanguageSpace:
         {"sw": 7, "en": 8, "tr": 9},
         random(L),
         random(L, K),
+        random(L, K),
         bases={pair: torch.linalg.qr(random(D, k)).Q for pair, k in ranks.items()} if subspaces else {},
         variances={pair: random(k) for pair, k in ranks.items()} if subspaces else {},
         ridge=random(L).double() if subspaces else None,
@@ -48,7 +49,7 @@ def make_space(*, subspaces: bool = True, seed: int = 0) -> LanguageSpace:
 
 def assert_equal(a: LanguageSpace, b: LanguageSpace) -> None:
     assert (a.languages, a.pivot, a.counts, a.card) == (b.languages, b.pivot, b.counts, b.card)
-    for name in ("mean", "rms", "bos_share", "ridge", "floors", "split_distances"):
+    for name in ("mean", "rms", "median_norm", "sink_share", "ridge", "floors", "split_distances"):
         one, other = getattr(a, name), getattr(b, name)
         assert (one is None and other is None) or torch.equal(one, other), name
         assert one is None or one.dtype == other.dtype
@@ -71,6 +72,15 @@ def test_mean_gap_is_the_shift_over_the_rms() -> None:
     expected = (space.mean[3, 2].double() - space.mean[3, 1].double()).norm() / space.rms[3].double()
     assert space.mean_gap(3, "tr") == pytest.approx(float(expected), rel=1e-6)
     assert space.mean_gap(3, "en") == 0.0
+
+
+def test_dose_is_the_shift_over_the_languages_median_norm() -> None:
+    space = make_space()
+    shift = (space.mean[3, 2].double() - space.mean[3, 1].double()).norm()
+    expected = float(shift / space.median_norm[3, 2].double())
+    assert space.dose(3, "tr") == pytest.approx(expected, rel=1e-6)
+    assert space.dose(3, "tr", alpha=-0.5) == pytest.approx(expected / 2, rel=1e-6)
+    assert space.dose(3, "en") == 0.0
 
 
 def test_facts_and_ids() -> None:
@@ -150,7 +160,8 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, object], message: s
         "mean": torch.zeros(L, K, D),
         "counts": dict.fromkeys(LANGUAGES, 2),
         "rms": torch.ones(L),
-        "bos_share": torch.zeros(L, K),
+        "median_norm": torch.ones(L, K),
+        "sink_share": torch.zeros(L, K),
     }
     with pytest.raises(ValueError, match=message):
         LanguageSpace(**{**parts, **change})  # type: ignore[arg-type]

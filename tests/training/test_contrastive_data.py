@@ -98,6 +98,20 @@ def test_bad_data(sampler: Callable[..., ContrastiveSampler], parallel_text: dic
     crossed = sampler({"en": ["Ada", "Ben"], "de": ["Ben", "Ada"]}, batch_size=2)
     with pytest.raises(DataError, match="only 1 rows whose sentences all differ"):
         crossed.pairs(0)
-    unknown = sampler({"en": ["Ada", "Ben"], "de": ["xyz", "zyx"]}, batch_size=2)
-    with pytest.raises(DataError, match="of 'de' has no token but special ones"):
-        unknown.batch(0)
+
+
+def test_sentences_without_content_are_passed_over_and_the_first_is_named(
+    sampler: Callable[..., ContrastiveSampler],
+    parallel_text: dict[str, list[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = {language: list(parallel_text[language][:8]) for language in ("en", "de")}
+    text["de"][2], text["en"][5] = "xyz", "zyx"  # unknown words are a special token
+    drawn = sampler(text)
+    for step in range(8):
+        assert {row for row, _ in drawn.pairs(step)} == {0, 1, 3, 4, 6, 7}
+        assert drawn.batch(step)["pool_mask"].any(dim=1).all()
+    assert len([record for record in caplog.records if "has no content token" in record.message]) == 1
+    with pytest.raises(DataError, match="only 6 rows whose sentences all differ and have a content token"):
+        sampler(text, batch_size=7).pairs(0)
+    assert len(sampler(text, batch_size=8, pool_all_tokens=True).pairs(0)) == 8
