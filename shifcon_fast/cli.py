@@ -325,6 +325,10 @@ def report(
 def demo(
     output: Output = Path("demo-output"),
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds a system.")] = 3,
+    jobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Trainings at a time, one thread each. Default: one a core."),
+    ] = None,
 ) -> None:
     """Run the whole method on a generated multilingual world, without a download, and write a report.
 
@@ -333,7 +337,7 @@ def demo(
     """
     from shifcon_fast.demo.run import run_demo
 
-    typer.echo(run_demo(output, seeds=seeds))
+    typer.echo(run_demo(output, seeds=seeds, jobs=jobs))
 
 
 def main() -> None:

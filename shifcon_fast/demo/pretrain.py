@@ -61,6 +61,19 @@ def cache_key(world: World, settings: PretrainSettings) -> str:
     return digest.hexdigest()
 
 
+def find_pretrained(world: World, settings: PretrainSettings, cache: str | Path | None = None) -> Path | None:
+    """The folder that :func:`pretrain` returns, if it is there."""
+    folder = _folder(world, settings, cache)
+    if not (folder / _CARD).is_file():
+        return None
+    card = read_json(folder / _CARD, "the card of a demo model")
+    return folder if card.get("key") == cache_key(world, settings) else None
+
+
+def _folder(world: World, settings: PretrainSettings, cache: str | Path | None) -> Path:
+    return Path(cache if cache is not None else cache_root()) / "demo" / cache_key(world, settings)[:16]
+
+
 def pretrain(
     world: World,
     settings: PretrainSettings | None = None,
@@ -79,10 +92,9 @@ def pretrain(
         progress: show a bar.
     """
     settings = settings or PretrainSettings()
-    key = cache_key(world, settings)
-    folder = Path(cache if cache is not None else cache_root()) / "demo" / key[:16]
-    if (folder / _CARD).is_file() and read_json(folder / _CARD, "the card of a demo model").get("key") == key:
+    if (folder := find_pretrained(world, settings, cache)) is not None:
         return folder
+    key, folder = cache_key(world, settings), _folder(world, settings, cache)
     tokenizer = build_tokenizer()
     started = time.monotonic()
     model, loss = train(world.corpus, tokenizer, settings, progress=progress)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shifcon_fast.demo import run as demo
+from shifcon_fast.demo import stages
 from shifcon_fast.demo.pretrain import PretrainSettings
 from shifcon_fast.demo.run import run_demo
 from shifcon_fast.demo.settings import BASELINE, SHIFCON, DemoSettings
@@ -28,11 +28,14 @@ MICRO = DemoSettings(
 )
 
 
+def run_micro(root, output, jobs=1) -> str:
+    return run_demo(output, seeds=1, settings=MICRO, cache=root / "cache", jobs=jobs, progress=False)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
-    text = run_demo(root / "out", seeds=1, settings=MICRO, cache=root / "cache", progress=False)
-    return root, text
+    return root, run_micro(root, root / "out")
 
 
 def test_the_comparison_holds_every_system_question_and_language(finished) -> None:
@@ -86,8 +89,8 @@ def test_the_report_says_what_came_out(finished) -> None:
 def test_running_again_trains_and_evaluates_nothing(finished, monkeypatch) -> None:
     root, text = finished
     for name in ("load_quantized", "evaluate", "estimate_space", "ShifConTrainer"):
-        monkeypatch.setattr(demo, name, lambda *args, **kwargs: pytest.fail("done again"))
-    assert run_demo(root / "out", seeds=1, settings=MICRO, cache=root / "cache", progress=False) == text
+        monkeypatch.setattr(stages, name, lambda *args, **kwargs: pytest.fail("done again"))
+    assert run_micro(root, root / "out") == text
 
 
 def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch) -> None:
@@ -100,14 +103,35 @@ def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, tmp_path, monke
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = demo.evaluate
+    original = stages.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "evaluate", interrupt_third)
+        patch.setattr(stages, "evaluate", interrupt_third)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(tmp_path / "out", seeds=1, settings=MICRO, cache=root / "cache", progress=False)
+            run_micro(root, tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
-    again = run_demo(tmp_path / "out", seeds=1, settings=MICRO, cache=root / "cache", progress=False)
+    assert run_micro(root, tmp_path / "out").splitlines()[:-1] == text.splitlines()[:-1]
+
+
+def contents(folder) -> dict[str, bytes]:
+    """The files whose bytes the arithmetic decides: no times, no paths."""
+    names = (
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "language_space.safetensors",
+        "comparison.json",
+    )
+    return {str(file.relative_to(folder)): file.read_bytes() for name in names for file in folder.rglob(name)}
+
+
+@pytest.mark.slow("starts processes, each of which imports everything")
+def test_side_by_side_gives_the_same_bits(finished, tmp_path) -> None:
+    root, text = finished
+    again = run_micro(tmp_path, tmp_path / "out", jobs=2)
     assert again.splitlines()[:-1] == text.splitlines()[:-1]
+    assert contents(tmp_path / "cache") == contents(root / "cache") != {}
+    found, expected = contents(tmp_path / "out"), contents(root / "out")
+    assert len(found) >= 4
+    assert found == expected
 
 
 def test_a_folder_of_something_else_is_refused(finished, tmp_path) -> None:
@@ -117,6 +141,8 @@ def test_a_folder_of_something_else_is_refused(finished, tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
         run_demo(tmp_path, seeds=1, settings=MICRO, progress=False)
+    with pytest.raises(ValueError, match="jobs: got 0"):
+        run_demo(tmp_path / "new", jobs=0, settings=MICRO, progress=False)
     with pytest.raises(ValueError, match="seeds: got 0"):
         run_demo(tmp_path / "new", seeds=0, settings=MICRO, progress=False)
 
