@@ -140,9 +140,18 @@ def profile(
     batch_size: BatchSize = 16,
     rank: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Dimensions of a language subspace. Default: as many as hold --variance."),
+        typer.Option(
+            min=1,
+            help="Directions of every language subspace. Default: 32, or what half the sentences allow.",
+        ),
     ] = None,
-    variance: Annotated[float, typer.Option(help="Share of the variance that a subspace holds.")] = 0.9,
+    variance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Instead of --rank: each subspace holds this share of the variance (the paper's way, 0.9); "
+            "distances then grow with the rank."
+        ),
+    ] = None,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(

@@ -22,7 +22,7 @@ from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
 from shifcon_fast.modeling.estimate import estimate_space
 from shifcon_fast.space import files as space_files
-from shifcon_fast.space.area import Area, recommend_area
+from shifcon_fast.space.area import Area, dose_warning, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, replacing, retract, write_json
 from shifcon_fast.training.arguments import ShifConArguments
@@ -93,7 +93,7 @@ def profile(
     quantization: str = "nf4",
     batch_size: int = 16,
     rank: int | None = None,
-    variance: float = 0.9,
+    variance: float | None = None,
     max_length: int | None = None,
     allow_missing: bool = False,
     trust_remote_code: bool = False,
@@ -124,7 +124,9 @@ def profile(
         space.save(staging)
         write_json(staging / AREA_FILE, asdict(area))
         (staging / DISTANCE_PLOT).write_bytes(plot)
-    return "\n".join([_space_table(space, area), "", area.reason, "", f"written to {output}"])
+    warning = dose_warning(space, area.forward, area.backward)
+    lines = [_space_table(space, area), "", area.reason, *([f"warning: {warning}"] if warning else [])]
+    return "\n".join([*lines, "", f"written to {output}"])
 
 
 def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
@@ -139,12 +141,12 @@ def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
 
 def _space_table(space: LanguageSpace, area: Area) -> str:
     others = [language for language in space.languages if language != space.pivot]
-    lines = ["boundary  distance  noise floor  dose   sink share"]
+    lines = ["boundary  distance  noise floor  excess  dose   sink share"]
     for k in range(space.num_boundaries):
         dose = sum(space.dose(k, language) for language in others) / len(others)
         mark = " <" if area.forward <= k < area.backward else ""
         lines.append(
-            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {dose:5.2f}  "
+            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {area.excess[k]:6.0%}  {dose:5.2f}  "
             f"{float(space.sink_share[k].mean()):10.3f}{mark}"
         )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +18,10 @@ from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fin
 from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.swap import block_class, decoder_class, outer_class, restore_class, swap_class
+from shifcon_fast.space.area import dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
+
+logger = logging.getLogger(__name__)
 
 Recipe = Literal["stable", "official"]
 
@@ -73,6 +77,8 @@ def attach(
                 f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
                 "Estimate a space on this model, or pass check_fingerprint=False if you know better."
             )
+    if warning := dose_warning(space, forward, backward, alpha):
+        logger.warning("%s", warning)
     return ShiftHandle(
         model=model,
         space=space,

@@ -43,7 +43,7 @@ def estimate_space(
     boundaries: Sequence[int] | None = None,
     subspaces: bool = True,
     rank: int | None = None,
-    variance: float = 0.9,
+    variance: float | None = None,
     max_length: int | None = None,
     recipe: Recipe = "stable",
     memory_gib: float = 2.0,
@@ -60,8 +60,7 @@ def estimate_space(
 
     Sentence matrices are kept on the CPU for as many boundaries as fit into ``memory_gib``, with one pass over the
     sentences for each such range; on the model's device lies nothing but the current batch. The result holds
-    4·d·k bytes of basis per boundary and language, where k is the rank that ``variance`` needs, up to n − 1;
-    ``rank`` caps it.
+    4·d·k bytes of basis per boundary and language, where k is the rank.
 
     Args:
         model: a Hugging Face decoder of a known architecture; quantised, wrapped by PEFT or attached as it may be.
@@ -73,7 +72,10 @@ def estimate_space(
         languages: which languages to read, in this order; None for all. The pivot must be one of them.
         boundaries: which boundaries to estimate; None for all L. At others the space holds NaN.
         subspaces: False estimates language vectors only, in one pass and without sentence matrices.
-        rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
+        rank: directions of every subspace, the same for all languages and boundaries, since distances compare at
+            equal rank only. None takes 32, or what half of the sentences can have.
+        variance: instead, the fewest directions that hold this share of Σs², for each language and boundary anew:
+            the method's formula (0.9). Not together with ``rank``.
         max_length: truncate sentences to so many tokens, and to the model's context; None refuses a sentence longer
             than the context.
         recipe: ``"stable"``: a sentence is the mean of its content tokens (:mod:`shifcon_fast.modeling.content`), a
@@ -139,8 +141,8 @@ def estimate_space(
             "python": platform.python_version(),
         },
         "recipe": recipe,
-        "rank": rank,
-        "variance": None if rank is not None else variance,
+        "rank": estimator.rank,
+        "variance": variance,
         "max_length": max_length,
         "batch_size": batch_size,
     }

@@ -1,4 +1,4 @@
-"""The layer area [forward, backward): where the languages' subspaces lie closest to the pivot's."""
+"""The layer area [forward, backward): where the languages' subspaces lie closest to the pivot's, above noise."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Area:
         distances: D to the pivot at each boundary, averaged over the other languages; NaN where not estimated.
         floor: noise floor at each boundary, averaged over the other languages, from halves of the sentences.
         split_distances: D to the pivot between such halves: what is comparable with ``floor``.
+        excess: how far the languages lie from the pivot above noise, ``LanguageSpace.excess_distance`` averaged
+            over the other languages: what the area is chosen by.
         reason: one sentence with the figures.
     """
 
@@ -26,6 +28,7 @@ class Area:
     distances: list[float]
     floor: list[float]
     split_distances: list[float]
+    excess: list[float]
     reason: str
 
     def __post_init__(self) -> None:
@@ -37,9 +40,16 @@ class Area:
 
 
 def recommend_area(
-    space: LanguageSpace, *, tolerance: float = 0.1, min_width: int = 1, max_width: int | None = None
+    space: LanguageSpace,
+    *,
+    tolerance: float = 0.1,
+    min_width: int | None = None,
+    max_width: int | None = None,
 ) -> Area:
-    """The contiguous run of boundaries around the minimum of D in which D ≤ (1 + tolerance) · minimum.
+    """The contiguous run of boundaries around the minimum of E in which E ≤ (1 + tolerance) · minimum.
+
+    E is the excess distance, which compares between boundaries; with fewer than four sentences a language there is
+    no floor to set a distance against, and D itself takes its place.
 
     The first and the last boundary are never in the run: the embeddings are not contextual yet, and the last block
     already prepares the language-specific output. Of equal minima the first counts.
@@ -47,8 +57,9 @@ def recommend_area(
     Args:
         space: estimated with subspaces, at three or more boundaries.
         tolerance: how far above the minimum, as a share of it, a boundary of the area may lie; ≥ 0.
-        min_width: a narrower run grows by its nearer neighbour, in distance D, until it has this many boundaries.
-        max_width: a wider run loses the end with the larger D until it has this many.
+        min_width: a narrower run grows by its nearer neighbour, in E, until it has this many boundaries. None takes
+            a sixth of the blocks: what a single block does to a shifted state is hardly what the method means.
+        max_width: a wider run loses the end with the larger E until it has this many.
 
     Raises:
         ValueError: a space without subspaces, too few boundaries, no finite distance inside, widths that cannot be.
@@ -61,6 +72,8 @@ def recommend_area(
         )
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance: got {tolerance}; wanted a finite share of the minimum, 0 or more")
+    if min_width is None:
+        min_width = min(math.ceil(space.num_boundaries / 6), max_width or space.num_boundaries)
     if min_width < 1 or (max_width is not None and max_width < min_width):
         raise ValueError(
             f"min_width, max_width: got {min_width}, {max_width}; wanted 1 <= min_width <= max_width"
@@ -70,20 +83,23 @@ def recommend_area(
 
     others = [language for language in space.languages if language != space.pivot]
     estimated = set(space.boundaries)
-    distances, floor, split = [], [], []
+    distances, floor, split, excess = [], [], [], []
     for k in range(last + 1):
         known = k in estimated
         distances.append(_mean([space.distance(k, o, space.pivot) for o in others]) if known else math.nan)
         floor.append(_mean([space.noise_floor(k, o) for o in others]) if known else math.nan)
         split.append(_mean([space.split_distance(k, o) for o in others]) if known else math.nan)
+        excess.append(_mean([space.excess_distance(k, o) for o in others]) if known else math.nan)
 
-    inside = {k: distances[k] for k in range(1, last) if math.isfinite(distances[k])}
+    has_floor = all(math.isfinite(excess[k]) for k in estimated)
+    measure = excess if has_floor else distances
+    inside = {k: measure[k] for k in range(1, last) if math.isfinite(measure[k])}
     if not inside:
         raise ValueError(
             f"space: no finite distance at the inner boundaries 1 … {last - 1}; estimated were {sorted(estimated)}"
         )
     best = min(inside, key=lambda k: (inside[k], k))
-    limit = inside[best] * (1 + tolerance)
+    limit = max(inside[best], 0.0) * (1 + tolerance)  # below 0 is noise: nothing to be nearer to than that
     first, end = best, best + 1
     while first - 1 in inside and inside[first - 1] <= limit:
         first -= 1
@@ -101,8 +117,27 @@ def recommend_area(
         drop_first = end - 1 == best or (first != best and inside[first] >= inside[end - 1])
         first, end = (first + 1, end) if drop_first else (first, end - 1)
 
-    area = Area(first, end, distances, floor, split, reason="")
+    area = Area(first, end, distances, floor, split, excess, reason="")
     return replace(area, reason=_explain(area, best, tolerance, others))
+
+
+def dose_warning(space: LanguageSpace, forward: int, backward: int, alpha: float = 1.0) -> str | None:
+    """One sentence where the dose of a shift at f or b is above 1 for a language; None where it is not."""
+    doses = [
+        (space.dose(boundary, language, alpha), language, boundary)
+        for boundary in (forward, backward)
+        for language in space.languages
+    ]
+    high = [each for each in doses if each[0] > 1]
+    if not high:
+        return None
+    dose, language, boundary = max(high)
+    affected = list(dict.fromkeys(each[1] for each in high))
+    return (
+        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {alpha:g}; {language} at "
+        f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower alpha, "
+        "or take another area."
+    )
 
 
 def _mean(values: list[float]) -> float:
@@ -110,23 +145,29 @@ def _mean(values: list[float]) -> float:
 
 
 def _explain(area: Area, best: int, tolerance: float, others: list[str]) -> str:
-    first, end, distances = area.forward, area.backward, area.distances
-    inside = distances[first:end]
-    outside = [d for k, d in enumerate(distances) if not first <= k < end and math.isfinite(d)]
+    first, end = area.forward, area.backward
+    measured_by_excess = math.isfinite(area.excess[best])
+    measure = area.excess if measured_by_excess else area.distances
+    name = "excess distance" if measured_by_excess else "distance"
+    show = "{:.0%}".format if measured_by_excess else "{:.2f}".format
+    inside = measure[first:end]
+    outside = [d for k, d in enumerate(measure) if not first <= k < end and math.isfinite(d)]
     span = f"boundaries {first} to {end - 1}" if end - first > 1 else f"boundary {first}"
     sentence = (
-        f"Shift toward the pivot at boundary {first} and back at boundary {end}: the distance to the pivot, "
-        f"averaged over {', '.join(others)}, is smallest at boundary {best} ({distances[best]:.2f}) and "
-        f"{min(inside):.2f} to {max(inside):.2f} at {span} (tolerance {tolerance:.0%})"
+        f"Shift toward the pivot at boundary {first} and back at boundary {end}: the {name} to the pivot, averaged "
+        f"over {', '.join(others)}, is smallest at boundary {best} ({show(measure[best])}) and "
+        f"{show(min(inside))} to {show(max(inside))} at {span} (tolerance {tolerance:.0%})"
     )
     if outside:
-        sentence += f", against {min(outside):.2f} to {max(outside):.2f} elsewhere"
-    floor, split = area.floor[best], area.split_distances[best]
-    if math.isnan(floor):
+        sentence += f", against {show(min(outside))} to {show(max(outside))} elsewhere"
+    if not measured_by_excess:
         return sentence + "; there are too few sentences for a noise floor (at least four a language)."
-    sentence += f"; between halves of the sentences it is {split:.2f} there and the noise floor {floor:.2f}"
+    floor, split = area.floor[best], area.split_distances[best]
+    sentence += (
+        f"; between halves of the sentences the distance is {split:.2f} there and the noise floor {floor:.2f}"
+    )
     if split <= floor:
         sentence += (
             ", so the distance cannot be told from noise: take more sentences before trusting the choice"
         )
-    return sentence + "."
+    return sentence + ". What a shift does there, `shifcon sweep` measures."

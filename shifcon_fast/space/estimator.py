@@ -19,6 +19,7 @@ from shifcon_fast.space.subspace import (
     Subspace,
     check_truncation,
     common_ridge,
+    equal_rank,
     principal_subspace,
     subspace_distance,
 )
@@ -43,7 +44,7 @@ class SpaceEstimator:
         num_boundaries: L, the number of decoder blocks.
         hidden_size: d.
         subspaces: whether to estimate subspaces and distances; without, no sentence matrices are kept.
-        rank, variance: see :func:`~shifcon_fast.space.subspace.principal_subspace`.
+        rank, variance: see :func:`~shifcon_fast.modeling.estimate.estimate_space`.
         batch_means: average the batches' means, each batch counting once, instead of the sentences (``official``).
 
     Raises:
@@ -60,10 +61,12 @@ class SpaceEstimator:
         hidden_size: int,
         subspaces: bool = True,
         rank: int | None = None,
-        variance: float = 0.9,
+        variance: float | None = None,
         batch_means: bool = False,
     ) -> None:
-        check_truncation(rank, variance)
+        if rank is not None and variance is not None:
+            raise ValueError(f"rank, variance: got {rank} and {variance}; wanted one of them at most")
+        check_truncation(rank, 1.0 if variance is None else variance)
         if pivot not in sentences:
             raise ValueError(
                 f"pivot: {pivot!r} has no sentences; found {', '.join(sentences) or 'no language'}"
@@ -79,7 +82,8 @@ class SpaceEstimator:
         self._counts = dict(sentences)
         self._pivot = pivot
         self._hidden_size = hidden_size
-        self._subspaces, self._rank, self._variance = subspaces, rank, variance
+        self._subspaces, self._variance = subspaces, variance
+        self._rank = equal_rank(sentences.values()) if rank is None and variance is None else rank
         self._batch_means = batch_means
 
         shape = (num_boundaries, len(self._languages))
@@ -94,6 +98,11 @@ class SpaceEstimator:
         self._bases: dict[tuple[int, str], Tensor] = {}
         self._variances: dict[tuple[int, str], Tensor] = {}
         self._range: _RangeSums | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Directions of every subspace; None where each has as many as hold ``variance``."""
+        return self._rank
 
     def ranges(self, boundaries: Sequence[int], *, memory_bytes: float) -> list[list[int]]:
         """Split boundaries into ranges whose sentence matrices fit into ``memory_bytes``.
@@ -199,7 +208,7 @@ class SpaceEstimator:
         """Subspaces, ridge, floors and split distances of one boundary from (n, d) representations."""
 
         def fit(x: Tensor) -> Subspace:
-            return principal_subspace(x, rank=self._rank, variance=self._variance)
+            return principal_subspace(x, rank=self._rank, variance=self._variance or 1.0)
 
         subspaces = {language: fit(x) for language, x in matrices.items()}
         ridge = common_ridge(subspaces.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,6 +165,16 @@ class LanguageSpace:
         """
         floors = self._measured("floors", boundary)
         return float(floors.nanmean() if language is None else floors[self.language_id(language)])
+
+    def excess_distance(self, boundary: int, language: str) -> float:
+        """``split_distance / noise_floor − 1``: how far above noise a language lies from the pivot; 0 is noise.
+
+        On real models it hardly depends on the rank, which the distance itself grows with (docs/method.md): it is
+        what compares between boundaries. NaN with fewer than four sentences.
+        """
+        floor = self.noise_floor(boundary, language)
+        split = self.split_distance(boundary, language)
+        return split / floor - 1 if floor > 0 else (0.0 if split == floor else math.inf)
 
     def mean_gap(self, boundary: int, language: str) -> float:
         """‖v(language) − v(pivot)‖ / rms‖h‖ at a boundary, h of all languages: comparable between languages."""

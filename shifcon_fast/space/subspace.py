@@ -43,6 +43,10 @@ class Subspace:
         return self.basis.shape[1]
 
 
+DEFAULT_RANK = 32
+"""Directions of every subspace, unless asked for otherwise: distances compare at equal rank only."""
+
+
 def principal_subspace(x: Tensor, *, rank: int | None = None, variance: float = 0.9) -> Subspace:
     """The subspace of the leading principal directions of representations, in float64 on the CPU.
 
@@ -84,10 +88,15 @@ def principal_subspace(x: Tensor, *, rank: int | None = None, variance: float = 
     return Subspace(mean, basis, squares[:k] / (n - 1), float(squares[k:].sum()) / (n - 1))
 
 
+def equal_rank(counts: Iterable[int]) -> int:
+    """The default rank for languages with so many sentences: 32, or what their halves can have (n // 2 − 1)."""
+    return max(1, min(DEFAULT_RANK, min(counts) // 2 - 1))
+
+
 def check_truncation(rank: int | None, variance: float) -> None:
     """Raise ValueError unless ``rank`` is None or ≥ 1 and ``variance`` lies in (0, 1]."""
     if rank is not None and rank < 1:
-        raise ValueError(f"rank: got {rank}; wanted at least 1, or None to choose by variance")
+        raise ValueError(f"rank: got {rank}; wanted at least 1")
     if not 0 < variance <= 1:
         raise ValueError(f"variance: got {variance}; wanted a share of the variance in (0, 1]")
 

@@ -44,7 +44,7 @@ def estimate_again(
         boundaries=boundaries,
         subspaces=subspaces,
         rank=space.card.get("rank"),
-        variance=space.card.get("variance") or 0.9,
+        variance=space.card.get("variance"),
         # Where nothing else is said, cut at the context: a long sentence must not end a run that is done.
         max_length=space.card.get("max_length") or getattr(model.config, "max_position_embeddings", None),
         recipe=recipe,

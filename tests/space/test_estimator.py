@@ -165,6 +165,16 @@ def test_batch_means_count_every_batch_once() -> None:
         torch.testing.assert_close(space.mean[:, position], expected.float(), rtol=1e-6, atol=1e-7)
 
 
+def test_ranks_are_equal_everywhere_unless_the_variance_decides() -> None:
+    data = representations(n=N, d=D)
+    ranks = {basis.shape[1] for basis in estimate(data).bases.values()}
+    assert ranks == {N // 2 - 1}, "what the smaller half can have"
+    assert {basis.shape[1] for basis in estimate(representations(n=80, d=40)).bases.values()} == {32}
+    assert len({basis.shape[1] for basis in estimate(data, variance=0.8).bases.values()}) > 1
+    with pytest.raises(ValueError, match=r"rank, variance: got 3 and 0\.8; wanted one of them at most"):
+        estimate(data, rank=3, variance=0.8)
+
+
 def test_only_the_given_boundaries_are_estimated() -> None:
     data = representations()
     estimator = SpaceEstimator(dict.fromkeys(data, N), "en", num_boundaries=BOUNDARIES, hidden_size=D)
