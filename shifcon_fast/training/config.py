@@ -15,19 +15,26 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.yaml_file import read_yaml
 
 
 @dataclass
 class RunConfig:
-    """What a run reads and writes, and the shape of its adapter."""
+    """What a run reads and writes, and the shape of its adapter.
+
+    Lists may be written as YAML lists, as ``en sw`` or as ``en,sw``.
+    """
 
     model: str = field(metadata={"help": "Hugging Face id or folder of the base model."})
-    parallel: str = field(metadata={"help": "Parallel sentences: JSON Lines or a dataset id."})
-    instructions: str = field(metadata={"help": "Instructions: JSON Lines or a dataset id."})
+    parallel: str = field(
+        metadata={"help": "Parallel sentences: JSON Lines, JSON, CSV, TSV, Parquet or a dataset id."}
+    )
+    instructions: str = field(
+        metadata={"help": "Instructions: JSON Lines, JSON, CSV, TSV, Parquet or a dataset id."}
+    )
     space: str | None = field(
         default=None, metadata={"help": "Folder of `shifcon profile`; estimated anew if not given."}
     )
@@ -35,7 +42,8 @@ class RunConfig:
         default=None, metadata={"help": "Languages of the parallel data to use; all of them if not given."}
     )
     allow_missing: bool = field(
-        default=False, metadata={"help": "Drop parallel rows in which a language is missing."}
+        default=False,
+        metadata={"help": "Drop parallel rows in which a language is missing (null, NaN or blank)."},
     )
     quantization: str = field(default="nf4", metadata={"help": "nf4 (4-bit) or none."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
@@ -54,6 +62,14 @@ class RunConfig:
     overwrite: bool = field(
         default=False, metadata={"help": "Start over in an output folder that holds a run."}
     )
+
+    def __post_init__(self) -> None:
+        self.languages = None if self.languages is None else _split(self.languages)
+        self.lora_target_modules = _split(self.lora_target_modules)
+
+
+def _split(values: Sequence[str]) -> list[str]:
+    return [each for value in values for each in value.replace(",", " ").split()]
 
 
 # What the file and the flags call by a shorter name than transformers does.
@@ -84,15 +100,21 @@ def parse_config(file: str | Path | None, flags: Sequence[str] = ()) -> tuple[Ru
     """Read a YAML file, then apply ``flags`` (``["--max-steps", "100"]``) on top of it.
 
     Raises:
-        ValueError: not YAML, not a mapping, an unknown field (with the nearest known one), a missing or ill-typed
-            value.
+        ValueError: not YAML, not a mapping, an unknown field (with the nearest known one) or one that is there
+            twice, a missing or ill-typed value.
     """
     known = _fields()
     arguments: list[str] = []
-    for name, value in _read_yaml(file).items() if file else ():
+    given: set[str] = set()
+    for written, value in read_yaml(file).items() if file else ():
+        name = written.replace("-", "_")
         if name not in known:
             raise ValueError(f"{file}: unknown field {name!r}{_suggestion(name, known)}")
-        arguments += _as_flags(_ALIASES.get(name, name), value)
+        name = _ALIASES.get(name, name)
+        if name in given:
+            raise ValueError(f"{file}: {name!r} is there twice, the second time as {written!r}")
+        given.add(name)
+        arguments += _as_flags(name, value, file)  # type: ignore[arg-type]
     if flags and not flags[0].startswith("--"):
         raise ValueError(f"got {flags[0]!r}; wanted flags such as --max-steps 100")
     for flag in flags:
@@ -114,30 +136,25 @@ def _parse(arguments: list[str]) -> tuple[RunConfig, ShifConArguments]:
 
     parser = Parser((RunConfig, ShifConArguments), allow_abbrev=False)
     run, training = parser.parse_args_into_dataclasses(arguments)
-    if "--output_dir" not in arguments:  # transformers would choose a folder by itself
+    if not any(
+        each.partition("=")[0] == "--output_dir" for each in arguments
+    ):  # transformers would choose a folder by itself
         raise ValueError("output: not given; wanted the folder to write the run to (--output DIR)")
     return run, training
 
 
-def _read_yaml(file: str | Path) -> dict[str, Any]:
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; wanted a YAML file of training fields")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; wanted `field: value` lines")
-    return {str(name).replace("-", "_"): each for name, each in value.items()}
-
-
-def _as_flags(name: str, value: Any) -> list[str]:
+def _as_flags(name: str, value: Any, file: str | Path) -> list[str]:
     if value is None:
         return []
+    if isinstance(value, dict):
+        return [f"--{name}={json.dumps(value)}"]
     if isinstance(value, list):
+        if not value or any(isinstance(each, (dict, list, type(None))) for each in value):
+            raise ValueError(f"{file}: {name} is {str(value)[:60]}; wanted a list of names or numbers")
+        if any(str(each).startswith("--") for each in value):
+            raise ValueError(f"{file}: {name} is {value}; wanted values, not flags")
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"--{name}={value}"]
 
 
 def _suggestion(name: str, known: dict[str, type]) -> str:

@@ -56,6 +56,34 @@ def test_lists_and_mappings_reach_their_fields(tmp_path: Path) -> None:
     assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
+def test_yaml_is_read_as_yaml_1_2(tmp_path: Path) -> None:
+    """Norwegian is a language, `no` a strategy, 1e-4 a number, and 010 ten."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "languages: [en, no, sv, on, y]\neval_strategy: no\nsave_strategy: steps\nlearning_rate: 1e-4\n"
+        "lr_scheduler_kwargs: {a: 1e-4, b: no, c: 010, d: 0x1F, e: .5, f: 12:30, g: ~, h: True, i: 2026-01-02}\n"
+        "max_steps: 0o17\nspace: null\n"
+    )
+    run, arguments = parse_config(file, [*REQUIRED, "--output", str(tmp_path)])
+    assert run.languages == ["en", "no", "sv", "on", "y"]
+    assert arguments.eval_strategy.value == "no"
+    assert (arguments.learning_rate, arguments.max_steps, run.space) == (1e-4, 15, None)
+    assert arguments.lr_scheduler_kwargs == {
+        **{"a": 1e-4, "b": "no", "c": 10, "d": 31, "e": 0.5, "f": "12:30", "g": None, "h": True},
+        "i": "2026-01-02",
+    }
+
+
+@pytest.mark.parametrize("written", ["languages: en,no", "languages: [en, no]", "languages:\n- en\n- no"])
+def test_lists_are_read_in_every_form(tmp_path: Path, written: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{written}\nlora_target_modules: q_proj, v_proj\n")
+    run, _ = parse_config(file, [*REQUIRED, "--output", str(tmp_path)])
+    assert (run.languages, run.lora_target_modules) == (["en", "no"], ["q_proj", "v_proj"])
+    for flags in (["--languages", "en,no"], ["--languages", "en", "no"], ["--languages=en,no"]):
+        assert parse_config(None, [*REQUIRED, "--output", str(tmp_path), *flags])[0].languages == ["en", "no"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -85,7 +113,16 @@ def test_what_is_required_is_named() -> None:
         ("model: [unclosed", "not valid YAML"),
         ("- a\n- b\n", "holds a list"),
         ("modle: x\n", "unknown field 'modle'; did you mean 'model'"),
-        ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),  # safe_load runs nothing
+        ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),  # it runs nothing
+        ("model: x\nparallel: y\nmodel: z\n", "not valid YAML.*'model' is there twice"),
+        ("output: x\noutput-dir: y\n", "'output_dir' is there twice, the second time as 'output-dir'"),
+        ("languages: [[en], [sw]]\n", r"languages is \[\['en'\], \['sw'\]\]; wanted a list of names"),
+        ("languages: []\n", r"languages is \[\]; wanted a list of names"),
+        ("languages: [en, --overwrite]\n", "languages is .*; wanted values, not flags"),
+        ("? [a, b]\n: c\n", "not valid YAML"),
+        ("a: &a [*a]\n", "unknown field 'a'|not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("max_steps: 1\x00", "not valid YAML"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
