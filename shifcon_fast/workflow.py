@@ -21,6 +21,7 @@ from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
 from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.area import Area, dose_warning, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
@@ -373,7 +374,9 @@ def generate(
     ids = handle.language_ids(language, device=loaded.device)
     settings = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for prompt in prompts:
-        tokens = torch.tensor([encode_prompt(tokenizer, prompt)], device=loaded.device)
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        check_token_ids(prompt_ids, tokenizer, embedding_rows(loaded), f"prompt {prompt[:40]!r}")
+        tokens = torch.tensor([prompt_ids], device=loaded.device)
         with torch.no_grad():
             answer = loaded.generate(
                 input_ids=tokens,

@@ -29,6 +29,7 @@ from shifcon_fast.evaluation.answer_language import AnswerLanguage, can_be_told
 from shifcon_fast.evaluation.numeric import as_number, extract_answer, format_number
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,7 +101,9 @@ def answer_questions(
         for question in questions
     ]
     limit = context_length(model)
+    rows_of_model = embedding_rows(model)
     for question, prompt in zip(questions, prompts, strict=True):
+        check_token_ids(prompt, tokenizer, rows_of_model, f"question {question.row} ({question.language})")
         if limit is not None and len(prompt) >= limit:
             raise ValueError(
                 f"question {question.row} ({question.language}) makes a prompt of {len(prompt)} tokens; the "
@@ -156,9 +159,7 @@ def _generate(
     stop_strings: Sequence[str],
 ) -> list[str]:
     device = input_device(model)
-    padding = next(
-        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
-    )
+    padding = padding_id(tokenizer, embedding_rows(model))
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
+
 
 @dataclass(frozen=True)
 class SentenceBatch:
@@ -35,7 +37,9 @@ def sentence_batches(
     """
     encoded = [list(ids) for ids in tokenizer(list(sentences))["input_ids"]]
     limit = context_length(model)
+    rows_of_model = embedding_rows(model)
     for index, ids in enumerate(encoded):
+        check_token_ids(ids, tokenizer, rows_of_model, f"{what}[{index}]")
         if not ids:
             raise ValueError(
                 f"{what}[{index}] is {sentences[index]!r}, which has no tokens; wanted a sentence"
@@ -45,7 +49,7 @@ def sentence_batches(
                 f"{what}[{index}] has {len(ids)} tokens; the model's context holds {limit}: shorten or drop it"
             )
     device = input_device(model)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    padding = padding_id(tokenizer, rows_of_model)
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -25,6 +25,7 @@ from shifcon_fast.modeling.attach import Recipe
 from shifcon_fast.modeling.boundaries import visit_boundaries
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
 from shifcon_fast.modeling.fingerprint import model_fingerprint
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.space.estimator import SpaceEstimator
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.version import __version__
@@ -104,7 +105,7 @@ def estimate_space(
     sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
     pivot = find_language(pivot, sentences) or pivot  # as the data writes it
     official = recipe == "official"
-    tokens = _tokenize(tokenizer, sentences, _context(decoder.module), max_length, official)
+    tokens = _tokenize(tokenizer, sentences, decoder.module, max_length, official)
     estimator = SpaceEstimator(
         {language: len(texts) for language, texts in tokens.items()},
         pivot,
@@ -118,9 +119,9 @@ def estimate_space(
     batches = list(_batches(tokens, batch_size, sort=not official))
     ranges = estimator.ranges(wanted, memory_bytes=memory_gib * 2**30)
 
-    rows = sum(len(texts) for texts in tokens.values())
+    total = sum(len(texts) for texts in tokens.values())
     with (
-        tqdm(total=rows * len(ranges), desc="language space", unit="sentence", disable=not progress) as bar,
+        tqdm(total=total * len(ranges), desc="language space", unit="sentence", disable=not progress) as bar,
         _evaluation_mode(model),
         torch.no_grad(),
     ):
@@ -150,7 +151,7 @@ def estimate_space(
     size = sum(basis.nbytes for basis in space.bases.values())
     if size > memory_gib * 2**30:
         logger.warning(
-            "The subspace bases take %.1f GiB in memory and on disk; pass rank= to cap them (median rank: %d).",
+            "The subspace bases take %.1f GiB in memory and on disk; rank= (--rank) caps them (median rank: %d).",
             size / 2**30,
             sorted(basis.shape[1] for basis in space.bases.values())[len(space.bases) // 2],
         )
@@ -182,11 +183,12 @@ def _context(decoder: nn.Module) -> int | None:
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     sentences: Mapping[str, Sequence[str]],
-    context: int | None,
+    decoder: nn.Module,
     max_length: int | None,
     official: bool,
 ) -> dict[str, list[list[int]]]:
     """Token ids per language, special tokens included, of the rows that have content tokens in every language."""
+    context, rows = _context(decoder), embedding_rows(decoder)
     if max_length is not None and context is not None:
         max_length = min(max_length, context)
     special = set(tokenizer.all_special_ids)
@@ -201,8 +203,9 @@ def _tokenize(
             if context is not None and len(ids) > context:
                 raise ValueError(
                     f"{where} has {len(ids)} tokens, more than the model's context of {context}; shorten it, or "
-                    "pass max_length to truncate"
+                    "pass max_length (--max-length) to truncate"
                 )
+            check_token_ids(ids, tokenizer, rows, where)
             if not ids or (not official and special.issuperset(ids)):
                 raise ValueError(
                     f"{where}, {texts[position]!r}, has no content token, only special tokens (unknown ones "
@@ -247,7 +250,9 @@ def _add_batch(
     boundaries: Sequence[int],
     official: bool,
 ) -> None:
-    input_ids, attention_mask = _pad(batch.token_ids, tokenizer, _input_device(model))
+    input_ids, attention_mask = _pad(
+        batch.token_ids, tokenizer, embedding_rows(locate_decoder(model).module), _input_device(model)
+    )
     candidates = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
     found: dict[str, list[Tensor]] = {
         name: [] for name in ("representations", "square_norms", "tokens", "median_norms", "sink_shares")
@@ -286,11 +291,10 @@ def _sink_share(hidden_states: Tensor, attended: Tensor, content: Tensor) -> Ten
 
 
 def _pad(
-    sentences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+    sentences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(B, T) token ids and attention mask, padded on the right: positions then count from 0 in every model."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    filler = next(token for token in candidates if token is not None)
+    filler = padding_id(tokenizer, rows)
     longest = max(map(len, sentences))
     input_ids = torch.tensor([[*ids, *[filler] * (longest - len(ids))] for ids in sentences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])

@@ -11,8 +11,9 @@ import torch
 
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.modeling.content import content_mask
+from shifcon_fast.modeling.vocabulary import check_token_ids, gives_unknown_ids, padding_id
 from shifcon_fast.objective.mcl import ContrastiveBatch
-from shifcon_fast.training.instruction_data import pad_right, padding_id
+from shifcon_fast.training.instruction_data import pad_right
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ class ContrastiveSampler:
         max_length_pivot, max_length_other: tokens kept of a sentence, special tokens included.
         pool_all_tokens: represent a sentence by all its tokens (official), not by its content tokens.
         seed: of the draws.
+        embedding_rows: ids that the model has rows for; None takes every id to have one.
 
     Raises:
         DataError: a pivot that is not in the data, no other language, fewer distinct sentences than N.
+        ValueError: a token that the model has no row for.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ContrastiveSampler:
         max_length_other: int = 256,
         pool_all_tokens: bool = False,
         seed: int = 0,
+        embedding_rows: int | None = None,
     ) -> None:
         if pivot not in parallel:
             raise DataError(f"parallel: has {', '.join(parallel)}; wanted the pivot {pivot!r} too")
@@ -63,6 +67,12 @@ class ContrastiveSampler:
                     f"parallel: {language!r} has {distinct} distinct sentences; wanted at least "
                     f"contrastive_batch_size = {batch_size}, or they would be their own negatives"
                 )
+        if embedding_rows is not None and gives_unknown_ids(tokenizer, embedding_rows):
+            for language, sentences in parallel.items():  # now, not in the middle of training
+                for index, ids in enumerate(tokenizer(list(sentences))["input_ids"]):
+                    where = f"parallel: sentence {index} (from 0) of {language!r}"
+                    check_token_ids(ids, tokenizer, embedding_rows, where)
+        self._filler = padding_id(tokenizer, embedding_rows)
         self._parallel = parallel
         self._pivot = pivot
         self._tokenizer = tokenizer
@@ -101,7 +111,7 @@ class ContrastiveSampler:
         pairs = self.pairs(step, micro_batch, rank)
         rows = self._encode([(row, self._pivot) for row, _ in pairs], self._max_length[0])
         rows += self._encode(pairs, self._max_length[1])
-        input_ids = pad_right(rows, padding_id(self._tokenizer))
+        input_ids = pad_right(rows, self._filler)
         attention_mask = pad_right([[1] * len(row) for row in rows], 0)
         pool_mask = attention_mask.bool()
         if not self._pool_all:

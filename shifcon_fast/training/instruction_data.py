@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.data.prompts import encode_example
+from shifcon_fast.modeling.vocabulary import check_token_ids, padding_id
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class InstructionDataset(Dataset[Example]):
         max_length: tokens kept of an instruction with its response.
         too_long: for longer ones, "truncate" cuts at the end, "drop" leaves them out, "error" raises.
         use_chat_template: see ``data.prompts``.
+        embedding_rows: ids that the model has rows for; None does not check.
 
     Raises:
         DataError: too long with "error"; a prompt that alone fills ``max_length``; an unknown language; nothing
@@ -53,11 +55,14 @@ class InstructionDataset(Dataset[Example]):
         max_length: int,
         too_long: str = "truncate",
         use_chat_template: bool = True,
+        embedding_rows: int | None = None,
     ) -> None:
         self._examples: list[Example] = []
         shortened = 0
         for instruction in instructions:
             encoded = encode_example(tokenizer, instruction, use_chat_template=use_chat_template)
+            if embedding_rows is not None:
+                check_token_ids(encoded.input_ids, tokenizer, embedding_rows, instruction.where)
             length = len(encoded.input_ids)
             if length > max_length:
                 shortened += 1
@@ -100,14 +105,6 @@ class InstructionDataset(Dataset[Example]):
         return self._examples[index]
 
 
-def padding_id(tokenizer: Any) -> int:
-    """A token to fill up with. Masked everywhere, so any will do where the tokenizer defines none."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
-
-
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """(B, T) int64, T the longest row. On the right whatever the tokenizer prefers: positions then start at 0."""
     longest = max(map(len, rows))
@@ -115,10 +112,15 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 class InstructionCollator:
-    """Pads examples to a batch: input_ids, attention_mask, labels (B, T) and language_ids (B,)."""
+    """Pads examples to a batch: input_ids, attention_mask, labels (B, T) and language_ids (B,).
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._filler = padding_id(tokenizer)
+    Args:
+        tokenizer: whose padding token fills up, if the model has a row for it.
+        embedding_rows: ids that the model has rows for; None takes every id to have one.
+    """
+
+    def __init__(self, tokenizer: Any, embedding_rows: int | None = None) -> None:
+        self._filler = padding_id(tokenizer, embedding_rows)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]

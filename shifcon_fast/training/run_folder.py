@@ -15,9 +15,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, replacing, sha256_file, verify, write_json
+from shifcon_fast.training.adapter_files import active_adapter, fit_embedding, save_adapter
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.version import __version__
@@ -45,6 +47,8 @@ class RunCard(TypedDict):
     format_version: int
     base_model: str
     quantization: Literal["nf4", "none"]
+    adapter: str
+    embedding_rows: Annotated[int, Field(gt=0)]
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     area: Boundaries | None
     alpha: Annotated[float, Field(allow_inf_nan=False)]
@@ -100,11 +104,7 @@ def write_run_files(folder: Path, model: Any, state: RunState) -> None:
             f"model: got {type(model).__name__}; wanted a PEFT model, as load_quantized(..., lora=LoraConfig(...)) "
             "returns it: a run folder holds an adapter"
         )
-    config = model.active_peft_config
-    targets = {*(config.target_modules or ()), *(getattr(config, "modules_to_save", None) or ())}
-    # "auto" asks the hub whether the vocabulary was resized, which nothing here does.
-    embeddings = any(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in targets)
-    model.save_pretrained(str(folder), save_embedding_layers="auto" if embeddings else False)
+    save_adapter(folder, model)
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
     space = state.space or (state.handle.space if state.handle else None)
@@ -155,8 +155,11 @@ def load(
         raise ValueError(
             f"{folder}: its base model {str(source)!r} cannot be loaded; pass base= (--base) if it moved: {error}"
         ) from error
+    fit_embedding(model, folder, card["embedding_rows"])
     try:
-        model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        model = peft.PeftModel.from_pretrained(
+            model, str(folder), adapter_name=card["adapter"], is_trainable=False
+        ).eval()
     except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
             f"{folder}: its adapter does not fit the base model {str(source)!r}: {error}"
@@ -224,6 +227,8 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
         "format_version": FORMAT_VERSION,
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
+        "adapter": active_adapter(model),
+        "embedding_rows": embedding_rows(base),
         "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),  # type: ignore[typeddict-item]
         "area": {"forward": handle.forward, "backward": handle.backward} if handle else None,
         "alpha": handle.alpha if handle else 1.0,

@@ -11,6 +11,7 @@ import torch
 
 from shifcon_fast.data.languages import is_same_language
 from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
@@ -88,6 +89,7 @@ def make_sampler(
         max_length_other=within_context(args.max_length_other, handle.model),
         pool_all_tokens=args.recipe == "official",
         seed=args.seed,
+        embedding_rows=embedding_rows(handle.model),
     )
 
 

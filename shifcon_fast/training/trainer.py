@@ -19,9 +19,11 @@ from shifcon_fast.data.instructions import Instruction, read_instructions
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.rows import Source
 from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_tensors, replacing, staging_folder
+from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
 from shifcon_fast.training.estimation import estimate_again
@@ -83,6 +85,8 @@ class ShifConTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         keep_4bit_trainable(model)
+        if hasattr(model, "active_adapters"):
+            warn_of_what_is_not_saved(model)
         was_attached = hasattr(model, "shifcon")
         self.handle = attach_for_training(model, args, space)
         try:
@@ -103,7 +107,7 @@ class ShifConTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=InstructionCollator(processing_class),
+            data_collator=InstructionCollator(processing_class, embedding_rows(model)),
             processing_class=processing_class,
             train_dataset=train_data,
             eval_dataset=eval_data,
@@ -136,6 +140,7 @@ class ShifConTrainer(Trainer):
             max_length=within_context(args.max_length, model),
             too_long=args.too_long,
             use_chat_template=args.use_chat_template,
+            embedding_rows=embedding_rows(model),
         )
 
     def _language_id(self, language: str) -> int:

@@ -2,7 +2,8 @@
 
 PyYAML's own reader follows YAML 1.1, where ``no`` (Norwegian) is false, ``1e-4`` is a string, ``12:30`` is 750 and
 ``010`` is 8. Here only ``true`` and ``false`` are booleans, ``null``, ``~`` and nothing are null, and ``1e-4`` is a
-number (https://yaml.org/spec/1.2.2/#103-core-schema). A field that is there twice is an error. No Python objects are made.
+number (https://yaml.org/spec/1.2.2/#103-core-schema). A field that is there twice is an error. No Python objects
+are made.
 """
 
 from __future__ import annotations

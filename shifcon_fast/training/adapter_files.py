@@ -1,0 +1,102 @@
+"""The PEFT adapter of a run on disk: in the folder itself, whatever its name; with the embedding if it grew."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from shifcon_fast.modeling.vocabulary import embedding_rows
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "adapter_model.safetensors"
+_EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte", "lm_head", "embed_out")
+
+
+def active_adapter(model: Any) -> str:
+    """The name of the one adapter that is active.
+
+    Raises:
+        ValueError: several are, or its name would be a path.
+    """
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(f"model: has the active adapters {names}; wanted one: call model.set_adapter(name)")
+    if names[0] != Path(names[0]).name or names[0] in (".", ".."):
+        raise ValueError(f"model: its adapter is called {names[0]!r}; wanted a name that is no path")
+    return str(names[0])
+
+
+def save_adapter(folder: Path, model: Any) -> None:
+    """Write the active adapter's files into ``folder``; PEFT puts one that is not called "default" deeper.
+
+    Where ``resize_token_embeddings`` has changed the embedding, its rows are written too, since the base model does
+    not have them.
+    """
+    name = active_adapter(model)
+    config = model.peft_config[name]
+    targets = config.target_modules if not isinstance(config.target_modules, str) else ()
+    is_target = any(target.rpartition(".")[2] in _EMBEDDINGS for target in targets or ())
+    model.save_pretrained(
+        str(folder), selected_adapters=[name], save_embedding_layers=is_target or _is_resized(model)
+    )
+    if name != "default":
+        for path in (folder / name).iterdir():
+            os.replace(path, folder / path.name)
+        (folder / name).rmdir()
+
+
+def warn_of_what_is_not_saved(model: Any) -> None:
+    """Say, when a run begins, that other adapters are left out, and that a resized embedding is saved each time."""
+    name = active_adapter(model)
+    if others := [other for other in model.peft_config if other != name]:
+        logger.warning(
+            "The run saves its adapter %r; %s are not part of it", name, ", ".join(map(repr, others))
+        )
+    if _is_resized(model):
+        weight = model.get_base_model().get_input_embeddings().weight
+        logger.warning(
+            "The embedding was resized to %d rows: every checkpoint carries it (%.2f GiB)",
+            weight.shape[0],
+            weight.nbytes / 2**30,
+        )
+
+
+def fit_embedding(model: Any, folder: Path, rows: int) -> None:
+    """Give a base model the number of embedding rows that a run was trained with; the adapter's file fills them.
+
+    Raises:
+        ValueError: the rows differ, and the files do not carry them.
+    """
+    found = embedding_rows(model)
+    if rows == found:
+        return
+    with safe_open(folder / _WEIGHTS, framework="pt") as weights:
+        names = list(weights.keys())
+        embeddings = [each for each in names if each.rpartition(".")[0].rpartition(".")[2] in _EMBEDDINGS]
+        carried = {weights.get_slice(name).get_shape()[0] for name in embeddings}
+    if carried != {rows}:
+        raise ValueError(
+            f"{folder}: was trained on a base model with {rows} embedding rows; this one has {found}, and the run "
+            "does not carry the others; wanted the base model it was trained on (base=, --base)"
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.requires_grad_(False)
+
+
+def _is_resized(model: Any) -> bool:
+    """Whether the embedding has another number of rows than the base model's own configuration says."""
+    base = model.get_base_model()
+    source = getattr(base.config, "_name_or_path", "") or model.active_peft_config.base_model_name_or_path
+    if not source:
+        return False
+    try:  # of what is on this machine: the model was loaded from it
+        config = type(base.config).from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    stored = getattr(config.get_text_config(), "vocab_size", None)
+    return stored is not None and stored != embedding_rows(base)
