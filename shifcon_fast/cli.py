@@ -115,6 +115,11 @@ def _split(codes: str | None) -> list[str] | None:
     return codes.replace(",", " ").split() or None if codes else None
 
 
+def _with_new_lines(text: str) -> str:
+    """``\\n`` as it can be typed in a shell."""
+    return text.replace("\\n", "\n")
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -246,6 +251,26 @@ def evaluate(
     quantization: Quantization = "nf4",
     batch_size: BatchSize = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    prompt_template: Annotated[
+        str,
+        typer.Option(
+            help=r"Text with {question} in it, \n for a new line; or a YAML or JSON file of language: template."
+        ),
+    ] = "{question}",
+    few_shot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help='Worked examples: {"en": {"question": "...", "response": "..."}, "sw": ...} a line, or "lang", '
+            '"prompt" and "response". They go through the template.'
+        ),
+    ] = None,
+    stop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help=r"Text that ends an answer, \n for a new line; may be repeated; one empty text: none. Default: "
+            "what begins a new question or turn, and none where the tokenizer has a chat template."
+        ),
+    ] = None,
     allow_missing: AllowMissing = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -257,6 +282,7 @@ def evaluate(
     With --against, differences come with intervals from a paired bootstrap over the same items.
     """
     from shifcon_fast import workflow
+    from shifcon_fast.data.few_shot import PLACE
 
     typer.echo(
         workflow.evaluate(
@@ -271,6 +297,9 @@ def evaluate(
             quantization=quantization,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            prompt_template=_with_new_lines(prompt_template) if PLACE in prompt_template else prompt_template,
+            few_shot=few_shot,
+            stop_strings=None if stop is None else [_with_new_lines(text) for text in stop if text],
             allow_missing=allow_missing,
             trust_remote_code=trust_remote_code,
         )

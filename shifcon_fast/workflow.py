@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
+from shifcon_fast.data.few_shot import read_few_shot, read_prompt_template
 from shifcon_fast.data.instructions import read_instructions
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
@@ -246,6 +247,9 @@ def evaluate(
     quantization: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
+    prompt_template: str = "{question}",
+    few_shot: str | Path | None = None,
+    stop_strings: Sequence[str] | None = None,
     allow_missing: bool = False,
     trust_remote_code: bool = False,
     pivot: str | None = None,
@@ -275,6 +279,9 @@ def evaluate(
         "pivot": pivot,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
+        "prompt_template": read_prompt_template(prompt_template),
+        "few_shot": read_few_shot(few_shot) if few_shot else None,
+        "stop_strings": stop_strings,
     }
     other = _earlier_result(against) if against else None  # it may lie in the folder that is written to
     options: dict[str, Any] = {

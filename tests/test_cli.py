@@ -167,6 +167,40 @@ def test_train_evaluate_report_generate(workplace: Workplace, run: Path) -> None
     assert answers.code == 0, answers.text
 
 
+def test_prompts_of_an_evaluation_are_what_the_flags_say(workplace: Workplace, tmp_path: Path) -> None:
+    lines = {"en": r"Question: {question}\nAnswer:", "sw": r"Swali: {question}\nJibu:"}
+    template = workplace.write("t.yaml", "".join(f'{code}: "{line}"\n' for code, line in lines.items()))
+    example = {"question": "Question: 1 ?", "response": "Answer: 1"}
+    shots: Rows = [{"en": example, "sw": {"question": "2", "response": "2"}}]
+    command = (
+        *("evaluate", "--model", workplace.base, "--quantization", "none", "--max-new-tokens", "2"),
+        *(
+            "--questions",
+            workplace.folder / "questions.jsonl",
+            "--few-shot",
+            workplace.write("shots.jsonl", shots),
+        ),
+    )
+    done = shifcon(*command, "--prompt-template", template, "--output", tmp_path / "file")
+    assert done.code == 0, done.text
+    found = json.loads((tmp_path / "file" / "evaluation.json").read_text())
+    assert found["settings"]["prompt_template"]["sw"] == "Swali: {question}\nJibu:"
+    assert found["settings"]["few_shot"] == {"en": 1, "sw": 1}
+    assert found["settings"]["stop_strings"][0] == "\n"  # the examples answer in one line
+
+    done = shifcon(
+        *(*command, "--prompt-template", r"Q: {question}\nA:", "--stop", r"\nQ:", "--stop", "?"),
+        *("--output", tmp_path / "text"),
+    )
+    assert done.code == 0, done.text
+    settings = json.loads((tmp_path / "text" / "evaluation.json").read_text())["settings"]
+    assert settings["prompt_template"] == "Q: {question}\nA:"
+    assert settings["stop_strings"] == ["\nQ:", "?"]
+    refused = shifcon(*command, "--prompt-template", "Q:", "--output", tmp_path / "refused")
+    assert refused.code == 2
+    assert "wanted a text with {question} in it" in refused.text
+
+
 def test_a_yaml_file_and_flags_make_the_same_run(workplace: Workplace, run: Path) -> None:
     flags = workplace.train_flags(
         workplace.folder / "from-yaml", "--quantization", "nf4", "--save-steps", "2"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shifcon_fast.data.answers import Answer, check_answer
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.rows import Row, check_text
 
 
-def answer_and_choices(row: Row, language: str) -> tuple[int | float | str, tuple[str, ...]]:
+def answer_and_choices(row: Row, language: str) -> tuple[Answer, tuple[str, ...]]:
     """The answer, and the texts it is one of; no texts where the row has no ``choices``.
 
     ``choices`` is a list of texts, or one for each language, ``{"en": [...], "sw": [...]}``. The answer then is a
@@ -20,9 +21,7 @@ def answer_and_choices(row: Row, language: str) -> tuple[int | float | str, tupl
     Raises:
         DataError: no answer, choices that are not at least two distinct texts, or an answer that is none of them.
     """
-    answer = _of_language(row, "answer", language)
-    if isinstance(answer, bool) or not isinstance(answer, (int, float, str)) or answer == "":
-        raise DataError(f"{row.where}: 'answer' is {answer!r}; wanted a number or a string")
+    answer = check_answer(_of_language(row, "answer", language), row.where)
     choices = _of_language(row, "choices", language)
     if choices is None:
         return answer, ()

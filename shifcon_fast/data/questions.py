@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from shifcon_fast.data.answers import Answer
 from shifcon_fast.data.choices import answer_and_choices, check_choices
 from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language, refuse_repeated
 from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
 
-Answer = int | float | str
 _OTHER_FIELDS = ("row", "answer", "lang", "question", "prompt", "choices", "group")
 
 
@@ -62,9 +62,9 @@ def read_questions(
 
     A row holds the question in several languages, ``{"answer": 18, "en": "...", "sw": "..."}``, and gives one
     :class:`Question` a language; or it holds one, ``{"lang": "sw", "question": "...", "answer": "Nairobi"}``
-    (``prompt`` is taken for ``question``). ``answer`` is a number or a string. An integer ``row`` field numbers the
-    question; rows without one are numbered from 0 by their place. ``choices`` makes it multiple choice, see
-    :func:`~shifcon_fast.data.choices.answer_and_choices`; ``group`` names the kind of question.
+    (``prompt`` is taken for ``question``). ``answer`` is a number, a string or a list of accepted ones. An integer
+    ``row`` field numbers the question; rows without one are numbered from 0 by their place. ``choices`` makes it
+    multiple choice, see :func:`~shifcon_fast.data.choices.answer_and_choices`; ``group`` names the kind.
 
     Args:
         source: a file, a Hugging Face dataset (``id[:config[:split]]``), rows in memory, or ready questions.

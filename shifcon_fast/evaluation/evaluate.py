@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from shifcon_fast.data.few_shot import PLACE
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
 from shifcon_fast.evaluation.perplexity import measure_perplexity
-from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions
+from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions, default_stop_strings
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
@@ -42,9 +43,9 @@ def evaluate(
     matrix_boundary: int | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
-    prompt_template: Templates = "{question}",
+    prompt_template: Templates = PLACE,
     few_shot: FewShot | None = None,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Sequence[str] | None = None,
     allow_missing: bool = False,
     memory_gib: float = 2.0,
     progress: bool = True,
@@ -110,6 +111,9 @@ def evaluate(
         if not 0 <= boundary < count:
             raise ValueError(f"boundaries: got {boundary}; the model has 0 … {count - 1}")
 
+    if stop_strings is None:
+        spoken = dict.fromkeys(question.language for question in asked)
+        stop_strings = default_stop_strings(tokenizer, spoken, prompt_template, few_shot) if asked else ()
     modes: dict[str, ShiftHandle | None] = {"unshifted": None}
     if handle is not None:
         modes["shifted"] = handle

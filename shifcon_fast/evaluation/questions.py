@@ -1,8 +1,4 @@
-"""Exact match on questions, by greedy generation.
-
-An answer that is a number is compared as a number (the last one of the response, see
-:mod:`shifcon_fast.evaluation.numeric`), exactly: 18 = 18.0, but 3.33 ≠ 10/3. Any other answer is compared as
-a string after NFKC, case folding, joining white space and taking off punctuation at the ends.
+"""Exact match on questions, by greedy generation; what is right: :mod:`shifcon_fast.evaluation.answers`.
 
 Prompts are built by :func:`shifcon_fast.data.prompts.encode_prompt`, as in training: through the tokenizer's
 chat template where it has one.
@@ -11,8 +7,7 @@ chat template where it has one.
 from __future__ import annotations
 
 import logging
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,12 +16,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from shifcon_fast.data.few_shot import PLACE
 from shifcon_fast.data.instructions import Turn
 from shifcon_fast.data.languages import find_language, primary_code
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.answer_language import AnswerLanguage, can_be_told
-from shifcon_fast.evaluation.numeric import as_number, extract_answer, format_number
+from shifcon_fast.evaluation.answer_words import ANSWER_WORDS, TURN_TOKENS, TURNS
+from shifcon_fast.evaluation.answers import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
@@ -72,9 +69,9 @@ def answer_questions(
     handle: ShiftHandle | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
-    prompt_template: Templates = "{question}",
+    prompt_template: Templates = PLACE,
     few_shot: FewShot | None = None,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[Outcome]:
     """Answer every question greedily; outcomes in the order of the questions.
@@ -83,19 +80,30 @@ def answer_questions(
     padded on the left. Generation stops at EOS, at a stop string (which is cut off, with what follows), or
     after ``max_new_tokens``.
 
+    Args:
+        prompt_template: see :data:`Templates`; worked examples go through it as well, and what they already hold of
+            it (``Question:``, ``Step-by-Step Answer:``) is not said twice.
+        stop_strings: None takes :func:`default_stop_strings`; an empty sequence none.
+
     Raises:
-        ValueError: a template without ``{question}``, or for another language only; a prompt that leaves no
-            room in the model's context; two questions with the same row and language.
+        ValueError: a template without ``{question}``, or for another language only; worked examples, but none in
+            a question's language; an empty stop string; an answer that is none; a prompt that leaves no room in the
+            model's context; two questions with the same row and language.
     """
     if not questions:
         return []
     check_unique(questions)
+    golds = [_gold(question) for question in questions]
     asked = dict.fromkeys(question.language for question in questions)
     identifier = AnswerLanguage([language for language in asked if can_be_told(language)])
     if untold := [language for language in asked if language not in identifier.languages]:
         logger.warning(
             "The language of answers in %s is not judged: py3langid does not know it", ", ".join(untold)
         )
+    if stop_strings is None:
+        stop_strings = default_stop_strings(tokenizer, asked, prompt_template, few_shot)
+    if not all(stop_strings):
+        raise ValueError(f"stop_strings is {list(stop_strings)}; wanted no empty text among them")
     prompts = [
         encode_prompt(tokenizer, prompt_turns(question, prompt_template, few_shot or {}))
         for question in questions
@@ -127,25 +135,39 @@ def answer_questions(
         )
         for index, response in zip(rows, responses, strict=True):
             text = tokenizer.decode(prompts[index], skip_special_tokens=False)
-            outcomes[index] = _judge(questions[index], text, response, identifier)
+            outcomes[index] = _judge(questions[index], golds[index], text, response, identifier)
         bar.update(len(rows))
     bar.close()
     return [outcomes[index] for index in range(len(questions))]
 
 
-def is_correct(response: str, answer: int | float | str, language: str) -> tuple[bool, str | None]:
-    """Whether a response gives the answer, and what was read out of it."""
-    gold = as_number(answer)
-    if gold is not None:
-        number = extract_answer(response, primary_code(language))
-        return number == gold, None if number is None else format_number(number)
-    return normalise_text(response) == normalise_text(str(answer)), normalise_text(response)
+def default_stop_strings(
+    tokenizer: Any,
+    languages: Iterable[str],
+    prompt_template: Templates = PLACE,
+    few_shot: FewShot | None = None,
+) -> tuple[str, ...]:
+    """What ends an answer unless it is said otherwise: the beginning of another question or turn.
 
-
-def normalise_text(text: str) -> str:
-    """NFKC, case folded, white space joined, and no white space or punctuation at the ends."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip("".join({c for c in text if unicodedata.category(c).startswith(("P", "Z"))}))
+    None where the tokenizer has a chat template: there the end-of-turn token ends answers. Elsewhere a line that
+    begins with the words before ``{question}`` in the template, with "Question:" in English or one of
+    ``languages``, or with a turn of a common prompt format; the control tokens of chat formats; and, where every
+    worked example answers in one line, the end of the line.
+    """
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return ()
+    codes = dict.fromkeys(map(primary_code, ["en", *languages]))
+    templates = [prompt_template] if isinstance(prompt_template, str) else prompt_template.values()
+    before = [_around(template)[0] for template in templates]
+    words = [ANSWER_WORDS[code] for code in codes if code in ANSWER_WORDS]
+    starts = [
+        *(start for start in before if start),
+        *(word + colon for each in words for word in each.questions for colon in (":", " :", "：")),
+        *TURNS,
+    ]
+    one_line = few_shot and not any("\n" in response for pairs in few_shot.values() for _, response in pairs)
+    lines = ("\n",) if one_line else tuple(dict.fromkeys(f"\n{start}" for start in starts))
+    return (*lines, *TURN_TOKENS)
 
 
 def _generate(
@@ -197,11 +219,13 @@ class _StopStrings(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str], start: int) -> None:
         self.tokenizer, self.stop_strings, self.start = tokenizer, tuple(stop_strings), start
+        longest = max(len(stop.encode()) for stop in stop_strings)
+        self.tail = longest + 4  # tokens that can hold it: each is a byte at least
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         texts = [
             self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in input_ids[:, self.start :].tolist()
+            for ids in input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :].tolist()
         ]
         ended = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
@@ -211,19 +235,24 @@ def prompt_turns(question: Question, templates: Templates, few_shot: FewShot) ->
     """The worked examples of the question's language, then the question in its template.
 
     Raises:
-        ValueError: a template without ``{question}``, or for other languages only.
+        ValueError: a template without ``{question}``, or for other languages only; no example in the language.
     """
     template = templates if isinstance(templates, str) else _of_language(templates, question.language)
     if template is None:
         raise ValueError(
             f"prompt_template has no entry for {question.language!r}; it has {', '.join(templates)}"
         )
-    if "{question}" not in template:
-        raise ValueError(f"prompt_template is {template!r}; wanted a text with {{question}} in it")
+    if PLACE not in template:
+        raise ValueError(f"prompt_template is {template!r}; wanted a text with {PLACE} in it")
+    examples = _of_language(few_shot, question.language)
+    if few_shot and examples is None:
+        raise ValueError(f"few_shot has no example in {question.language!r}; it has {', '.join(few_shot)}")
+    before, after = _around(template)
     turns = []
-    for example, response in _of_language(few_shot, question.language) or ():
-        turns += [Turn("user", template.replace("{question}", example)), Turn("assistant", response)]
-    return [*turns, Turn("user", template.replace("{question}", question.text))]
+    for example, response in examples or ():
+        example, response = example.removeprefix(before).lstrip(), response.removeprefix(after).lstrip()
+        turns += [Turn("user", template.replace(PLACE, example)), Turn("assistant", response)]
+    return [*turns, Turn("user", template.replace(PLACE, question.text))]
 
 
 def _of_language(values: Mapping[str, T], language: str) -> T | None:
@@ -232,15 +261,27 @@ def _of_language(values: Mapping[str, T], language: str) -> T | None:
     return None if found is None else values[found]
 
 
-def _judge(question: Question, prompt: str, response: str, identifier: AnswerLanguage) -> Outcome:
-    correct, parsed = is_correct(response, question.answer, question.language)
-    gold = as_number(question.answer)
+def _around(template: str) -> tuple[str, str]:
+    """The words right before the question, and those right before the answer: ``Question:``, ``Answer:``."""
+    before, _, after = template.partition(PLACE)
+    return before.rpartition("\n")[2].strip(), after.rpartition("\n")[2].strip()
+
+
+def _gold(question: Question) -> Gold:
+    try:
+        return read_gold(question.answer, question.language)
+    except ValueError as error:
+        raise ValueError(f"question {question.row} ({question.language}): {error}") from None
+
+
+def _judge(question: Question, gold: Gold, prompt: str, response: str, identifier: AnswerLanguage) -> Outcome:
+    correct, parsed = is_correct(response, gold, question.language)
     return Outcome(
         row=question.row,
         language=question.language,
         prompt=prompt,
         response=response,
-        answer=str(question.answer) if gold is None else format_number(gold),
+        answer=gold.shown,
         parsed=parsed,
         correct=correct,
         in_language=(

@@ -32,6 +32,11 @@ def test_one_question_per_language(tmp_path: Path) -> None:
         read_questions(path, languages=["sw"])
 
 
+def test_several_accepted_answers(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"en": "How many?", "answer": [18, "eighteen"]})
+    assert read_questions(path) == [Question(0, "en", "How many?", (18, "eighteen"))]
+
+
 def test_rows_of_one_language(tmp_path: Path) -> None:
     path = write(
         tmp_path / "q.jsonl",
@@ -48,7 +53,19 @@ def test_rows_of_one_language(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"en": "x"}, r"q\.jsonl:1: 'answer' is None"),
+        ({"en": "x", "answer": None}, r"q\.jsonl:1: 'answer' is None"),
         ({"en": "x", "answer": True}, "'answer' is True"),
+        (
+            {"en": "x", "answer": float("nan")},
+            r"q\.jsonl:1: 'answer' is NaN \(not a number\), which pandas writes",
+        ),
+        ({"en": "x", "answer": float("inf")}, r"q\.jsonl:1: 'answer' is infinite; wanted a finite number"),
+        ({"en": "x", "answer": [1, float("-inf")]}, r"q\.jsonl:1: 'answer' is infinite"),
+        ({"en": "x", "answer": []}, r"'answer' is \[\]; wanted a list of accepted answers"),
+        ({"en": "x", "answer": [[1]]}, "wanted a list of accepted answers, each a number or a string"),
+        ({"en": "x", "answer": {"en": {"value": 1}}}, "wanted a number or a string"),
+        ({"en": "x", "answer": " "}, "' ', which is empty"),
+        ({"en": "x", "answer": "\u200b"}, "which is empty"),
         ({"answer": 1, "row": 2}, "wanted a question under a language code"),
         ({"answer": 1, "en": ""}, "'en' is empty"),
         ({"answer": 1, "lang": "en"}, "'question' is null"),

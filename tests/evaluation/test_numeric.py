@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shifcon_fast.evaluation.numeric import as_number, extract_answer, find_numbers, format_number
+from shifcon_fast.evaluation.answers import as_number, extract_answer
+from shifcon_fast.evaluation.numeric import find_numbers, format_number
 
 CASES = [
     # text, language, wanted

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shifcon_fast.data.questions import Question
-from shifcon_fast.evaluation.questions import answer_questions, is_correct, normalise_text
+from shifcon_fast.evaluation.answers import is_correct, normalise_text
+from shifcon_fast.evaluation.questions import _StopStrings, answer_questions, default_stop_strings
 
 QUESTIONS = [
     Question(0, "en", "Ada lives in ?", "Rome"),
@@ -118,6 +119,45 @@ def test_punctuation_inside_stays() -> None:
     assert normalise_text("«don't  stop»!") == "don't stop"
 
 
+def test_what_an_example_holds_of_the_template_is_not_said_twice(tiny_model, word_tokenizer) -> None:
+    found = answer_questions(
+        tiny_model(),
+        word_tokenizer,
+        QUESTIONS[:1],
+        max_new_tokens=1,
+        prompt_template="the : {question}\nis :",
+        few_shot={"en": [("the : cat ?", "is : red"), ("cat ?", "old")]},
+    )
+    assert found[0].prompt == "<s> the : cat ? is : red the : cat ? is : old the : Ada lives in ? is :"
+
+
+def test_default_stop_strings(word_tokenizer) -> None:
+    found = default_stop_strings(word_tokenizer, ["sw", "fr"])
+    assert {"\nQuestion:", "\nQ:", "\nSwali:", "\nQuestion :", "\nUser:", "<|im_end|>", "</s>"} <= set(found)
+    assert not any("Frage" in stop or "{" in stop for stop in found)
+    assert "\nFrage:" in default_stop_strings(word_tokenizer, ["de"])
+    assert "\nPuzzle" in default_stop_strings(word_tokenizer, [], "Solve.\nPuzzle {question}\nSolution:")
+    by_language = {"en": "Riddle {question}", "sw": "Kitendawili {question}"}
+    assert {"\nRiddle", "\nKitendawili"} <= set(default_stop_strings(word_tokenizer, [], by_language))
+    one_line = default_stop_strings(word_tokenizer, ["en"], few_shot={"en": [("a", "b")]})
+    assert "\n" in one_line
+    assert "\n" not in default_stop_strings(word_tokenizer, ["en"], few_shot={"en": [("a", "b\nc")]})
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    assert default_stop_strings(tokenizer, ["en"]) == ()
+
+
+def test_a_stop_string_counts_only_once_it_is_complete(word_tokenizer) -> None:
+    """Looked for in the last tokens, of which a byte fills at least one."""
+    criterion = _StopStrings(word_tokenizer, ["red cat"], start=1)
+    ids = word_tokenizer(["red cat", "cat red", "the red cat is"], add_special_tokens=False)["input_ids"]
+    for words, wanted in zip(ids, [True, False, True], strict=True):
+        padded = torch.tensor([[1, *words]])
+        assert criterion(padded, torch.empty(0)).tolist() == [wanted]
+    start_only = _StopStrings(word_tokenizer, ["red cat"], start=3)
+    assert start_only(torch.tensor([[1, *ids[0]]]), torch.empty(0)).tolist() == [False]  # it is in the prompt
+
+
 def test_bad_input_is_named(tiny_model, word_tokenizer) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="row 0 in 'en' twice"):
@@ -126,6 +166,12 @@ def test_bad_input_is_named(tiny_model, word_tokenizer) -> None:
         answer_questions(model, word_tokenizer, QUESTIONS[:1], prompt_template="Q:")
     with pytest.raises(ValueError, match="prompt_template has no entry for 'en'; it has de"):
         answer_questions(model, word_tokenizer, QUESTIONS[:1], prompt_template={"de": "{question}"})
+    with pytest.raises(ValueError, match="few_shot has no example in 'en'; it has de"):
+        answer_questions(model, word_tokenizer, QUESTIONS[:1], few_shot={"de": [("a", "b")]})
+    with pytest.raises(ValueError, match=r"stop_strings is .*; wanted no empty text"):
+        answer_questions(model, word_tokenizer, QUESTIONS[:1], stop_strings=[""])
+    with pytest.raises(ValueError, match=r"question 3 \(en\): answer is nan; wanted a finite number"):
+        answer_questions(model, word_tokenizer, [Question(3, "en", "Rome ?", float("nan"))])
     long = Question(7, "en", "Rome " * 130, "Rome")
     with pytest.raises(ValueError, match=r"question 7 \(en\) makes a prompt of 131 tokens"):
         answer_questions(model, word_tokenizer, [long])
