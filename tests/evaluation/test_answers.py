@@ -330,28 +330,35 @@ def test_a_great_many_digits_is_no_number() -> None:
 # --- real data --------------------------------------------------------------------------------------------------
 
 
+ZEROS = {"bn": "০", "hi": "०", "te": "౦", "th": "๐", "ar": "٠", "zh": "０", "ja": "０"}
+
+
 def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("name", ["mgsm.jsonl", "msvamp.jsonl", "gsm8k_train_multi.jsonl"])
 def test_every_gold_answer_in_every_language_and_spelling(name: str, shifcon_data: Path) -> None:
-    """As a number, as text, and as Unicode's locale data writes it, digits of the language included."""
+    """As a number, as text, and as Unicode's locale data groups it, in ASCII and in the language's own digits."""
     rows = records(shifcon_data / name)
     languages = [key for key in rows[0] if len(key) == 2]
     answers = {row["answer"] for row in rows}
-    wrong = [
-        (spelling, language)
-        for language in languages
-        for answer in answers
-        for spelling in (
-            answer,
-            str(answer),
-            format_decimal(answer, locale=language, numbering_system="default"),
-            format_decimal(answer, locale=language),
-        )
-        if answer not in read_gold(spelling, language).numbers
-    ]
+    wrong = []
+    for language in languages:
+        own = {ord(str(digit)): chr(ord(ZEROS.get(language, "0")) + digit) for digit in range(10)}
+        for answer in answers:
+            grouped = format_decimal(answer, locale=language)
+            for spelling in (
+                answer,
+                str(answer),
+                grouped,
+                str(answer).translate(own),
+                grouped.translate(own),
+            ):
+                if answer not in read_gold(spelling, language).numbers:
+                    wrong.append((spelling, language))
+                if isinstance(spelling, str) and extract_answer(f"7, so {spelling}!", language) != answer:
+                    wrong.append((f"7, so {spelling}!", language))
     assert len(answers) > 40
     assert wrong == []
 
