@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -274,6 +275,51 @@ def test_help_all_lists_every_field() -> None:
     assert all(
         f"--{flag} " in listed for flag in ("w-mcl", "lora-r", "vectors", "gradient-accumulation-steps")
     )
+
+
+def test_data_as_people_have_it(workplace: Workplace, tmp_path: Path) -> None:
+    """FLORES codes, CSV, gzip, a column that is no language: what was taken is said; another pivot is chosen."""
+    lines = [
+        "id,deu_Latn,src,swh_Latn",
+        *(f"x-{n},{row['de']},a b,{row['sw']}" for n, row in enumerate(workplace.rows)),
+    ]
+    path = tmp_path / "pairs.csv.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    flags = (
+        "--model",
+        workplace.base,
+        "--parallel",
+        path,
+        "--quantization",
+        "none",
+        "--output",
+        tmp_path / "out",
+    )
+    refused = shifcon("profile", *flags)
+    assert refused.code == 2
+    assert "pivot: got 'en'" in refused.text
+    assert "has deu_Latn, swh_Latn; choose one of them with --pivot" in refused.text
+    made = shifcon("profile", *flags, "--pivot", "de")
+    assert made.code == 0, made.text
+    assert (
+        "languages deu_Latn, swh_Latn; other fields, left out: id, src. If src are languages too" in made.text
+    )
+    assert json.loads((tmp_path / "out" / "language_space.json").read_text())["pivot"] == "deu_Latn"
+    measured = shifcon("evaluate", *flags[:-1], tmp_path / "results", "--pivot", "de", "--languages", "sw")
+    assert measured.code == 0, measured.text
+    result = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert (result["pivot"], list(result["perplexity"]["unshifted"])) == ("de", ["de", "sw"])
+
+
+def test_a_run_whose_base_moved(workplace: Workplace, run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    card = json.loads((moved / "shifcon.json").read_text())
+    (moved / "shifcon.json").write_text(json.dumps({**card, "base_model": str(tmp_path / "gone")}))
+    flags = ("generate", "--model", moved, "--language", "swh_Latn", "--max-new-tokens", "2", "Ada")
+    refused = shifcon(*flags)
+    assert (refused.code, "pass base= (--base)" in refused.text) == (2, True)
+    assert shifcon(*flags, "--base", workplace.base).code == 0
 
 
 # --- bad input: exit code 2, one clear line, nothing half-written -------------------------------------------------

@@ -29,6 +29,7 @@ from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.questions import FewShot, Templates, check_unique, prompt_turns
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 
 _WITHOUT_SPACES = ("zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz")
 
@@ -119,11 +120,14 @@ def measure_multiple_choice(
         )
         for question in questions
     ]
-    limit = context_length(model)
+    limit, rows = context_length(model), embedding_rows(model)
     for question, item in zip(questions, encoded, strict=True):
+        where = f"question {question.row} ({question.language})"
+        for tokens in (item.start, *item.endings):
+            check_token_ids(tokens, tokenizer, rows, where)
         if limit is not None and item.length > limit:
             raise ValueError(
-                f"question {question.row} ({question.language}) has {item.length} tokens with its longest choice; "
+                f"{where} has {item.length} tokens with its longest choice; "
                 f"the model's context holds {limit}: shorten it"
             )
     scores: dict[int, list[float]] = {}
@@ -230,7 +234,7 @@ def _score(
 ) -> list[list[float]]:
     """Log-likelihoods of all choices of a batch's questions."""
     device = input_device(model)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    padding = padding_id(tokenizer, embedding_rows(model))
     questions = torch.tensor([row for row, item in enumerate(batch) for _ in item.endings], device=device)
     endings = [ending for item in batch for ending in item.endings]
     input_ids, mask = _padded(endings, padding, device, left=False)

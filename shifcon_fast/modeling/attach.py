@@ -75,7 +75,8 @@ def attach(
             origin = expected.get("name_or_path") or "another model"
             raise ValueError(
                 f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
-                "Estimate a space on this model, or pass check_fingerprint=False if you know better."
+                "Estimate a space on this model (shifcon profile), or pass check_fingerprint=False in Python if "
+                "you know better."
             )
     if warning := dose_warning(space, forward, backward, alpha):
         logger.warning("%s", warning)

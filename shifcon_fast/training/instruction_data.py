@@ -69,7 +69,7 @@ class InstructionDataset(Dataset[Example]):
                 if too_long == "error":
                     raise DataError(
                         f"{instruction.where}: has {length} tokens; wanted at most {max_length} (max_length, or "
-                        f"the model's context); too_long='truncate' or 'drop' goes on"
+                        "the model's context); too_long='truncate' or 'drop' (--too-long) goes on"
                     )
                 if too_long == "drop":
                     continue
@@ -77,7 +77,7 @@ class InstructionDataset(Dataset[Example]):
             if not any(learnt[1:]):  # the first token is predicted from nothing
                 raise DataError(
                     f"{instruction.where}: nothing to learn within max_length = {max_length} tokens: the prompt "
-                    f"alone has {encoded.learnt.index(True)}; raise max_length or shorten the prompt"
+                    f"alone has {encoded.learnt.index(True)}; raise max_length (--max-length) or shorten it"
                 )
             ids = encoded.input_ids[:max_length]
             labels = [token if learn else IGNORED for token, learn in zip(ids, learnt, strict=True)]
@@ -96,7 +96,7 @@ class InstructionDataset(Dataset[Example]):
                 "left out" if too_long == "drop" else "cut at the end",
             )
         if not self._examples:
-            raise DataError("instructions: none is left to train on; raise max_length")
+            raise DataError("instructions: none is left to train on; raise max_length (--max-length)")
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -67,7 +67,8 @@ def load_quantized(
     if quantization == "nf4":
         if problem := nf4_problem(torch.device("cpu") if on_cpu else device):
             raise RuntimeError(
-                f"NF4 does not work here: {problem}. Pass quantization='none' to go on in {dtype}"
+                f"NF4 does not work here: {problem}. quantization='none' (--quantization none) goes on in "
+                f"{dtype}"
             )
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -162,6 +163,10 @@ def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
         raise ValueError(f"name_or_path: {path} has no config.json; wanted a folder with a model{hint}")
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(f"{error} (--trust-remote-code)") from error
+        raise
     except OSError as error:
         raise ValueError(
             f"name_or_path: {name_or_path} is neither a folder nor a model on the Hugging Face hub: {error}"

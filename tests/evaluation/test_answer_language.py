@@ -82,3 +82,26 @@ def test_unknown_codes_are_refused() -> None:
         AnswerLanguage(["en", "xx"])
     with pytest.raises(ValueError, match="language is 'de'; wanted one of the candidates en, sw"):
         AnswerLanguage(["en", "sw"]).agrees("Guten Morgen", "de")
+
+
+def test_codes_of_every_form_are_told() -> None:
+    identifier = AnswerLanguage(["eng_Latn", "swh_Latn", "deu", "zho_Hant", "pt-BR"])
+    assert identifier.identify("Kisha mkulima anauza mayai yaliyobaki sokoni.") == "swh_Latn"
+    assert identifier.identify("答案是三十九個蘋果。") == "zho_Hant"
+    assert identifier.agrees("Der Bauer verkauft dann die übrigen Eier auf dem Markt.", "deu") is True
+    assert identifier.agrees("O fazendeiro vende os ovos restantes na feira da cidade.", "pt-BR") is True
+    assert identifier.agrees("答案是三十九個蘋果。", "eng_Latn") is False
+    with pytest.raises(ValueError, match="names 'luo_Latn', which py3langid cannot tell"):
+        AnswerLanguage(["en", "luo_Latn"])
+
+
+def test_the_script_of_a_code_counts() -> None:
+    cyrillic, latin = "Фармер продаје преостала јаја на пијаци.", "Farmer prodaje preostala jaja na pijaci."
+    either = AnswerLanguage(["en", "sr"])
+    assert (either.agrees(cyrillic, "sr"), either.agrees(latin, "sr")) == (True, True)
+    one = AnswerLanguage(["en", "sr-Latn"])
+    assert (one.agrees(cyrillic, "sr-Latn"), one.agrees(latin, "sr-Latn")) == (False, True)
+    both = AnswerLanguage(["sr-Latn", "sr-Cyrl"])
+    assert (both.agrees(cyrillic, "sr-Latn"), both.agrees(cyrillic, "sr-Cyrl")) == (False, True)
+    oriya = AnswerLanguage(["en", "ory_Orya"])
+    assert oriya.identify("ଓଡ଼ିଆ ଏକ ଭାଷା ଅଟେ") == "ory_Orya"

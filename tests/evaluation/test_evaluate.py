@@ -131,3 +131,23 @@ def test_bad_input_is_named(attached, plain, tiny_model, word_tokenizer, paralle
         compare(result("a", {"en": [1]}), result("b", {"en": [1, 0]}))
     with pytest.raises(ValueError, match="no question and no sentence in common"):
         compare(result("a", {"en": [1]}), result("b", {"de": [1]}))
+
+
+def test_one_language_is_one_line_however_it_is_written(attached, word_tokenizer, parallel_text) -> None:
+    """The space says sw, the sentences swh_Latn, the questions swh."""
+    rows = [
+        {"eng_Latn": english, "swh_Latn": swahili}
+        for english, swahili in zip(parallel_text["en"][:4], parallel_text["sw"][:4], strict=True)
+    ]
+    asked = [{"lang": "swh", "question": "Ada anaishi ?", "answer": "Roma"}, {"answer": 3, "en": "Ben has ?"}]
+    found = evaluate(
+        attached.model, word_tokenizer, rows, asked, boundaries=[2], max_new_tokens=2, progress=False
+    )
+    assert found.pivot == "eng_Latn"
+    assert list(found.perplexity["shifted"]) == ["eng_Latn", "swh_Latn"]
+    assert [outcome.language for outcome in found.outcomes] == ["swh_Latn", "eng_Latn"]
+    named = {"en": parallel_text["en"][:4], "sw": parallel_text["sw"][:4]}
+    same = evaluate(attached.model, word_tokenizer, named, boundaries=[2], progress=False)
+    assert found.perplexity["shifted"]["swh_Latn"] == same.perplexity["shifted"]["sw"]
+    with pytest.raises(ValueError, match="got 'pt-PT'; this language space knows en, de, sw, tr"):
+        evaluate(attached.model, word_tokenizer, questions=[Question(0, "pt-PT", "Ada", 1)])

@@ -175,3 +175,27 @@ def test_bad_input_is_named(tiny_model, word_tokenizer) -> None:
     long = Question(7, "en", "Rome " * 130, "Rome")
     with pytest.raises(ValueError, match=r"question 7 \(en\) makes a prompt of 131 tokens"):
         answer_questions(model, word_tokenizer, [long])
+
+
+@pytest.mark.parametrize("language", ["de", "deu", "deu_Latn", "de-DE", "de_AT"])
+def test_number_formats_go_by_the_language_however_it_is_written(language: str) -> None:
+    assert is_correct("Es sind 1.234", 1234, language) == (True, "1234")
+
+
+def test_templates_and_examples_are_found_however_the_language_is_written(tiny_model, word_tokenizer) -> None:
+    (found,) = answer_questions(
+        tiny_model(),
+        word_tokenizer,
+        [Question(0, "swh_Latn", "Ada", 1)],
+        max_new_tokens=1,
+        prompt_template={"sw": "paka {question}", "en": "cat {question}"},
+        few_shot={"sw": [("Ben", "mzee")]},
+    )
+    assert found.prompt.split() == ["<s>", "paka", "Ben", "mzee", "paka", "Ada"]
+
+
+def test_a_language_that_cannot_be_told_is_said(tiny_model, word_tokenizer, caplog) -> None:
+    asked = [Question(0, "luo_Latn", "Ada", 1), Question(0, "sw", "Ada", 1)]
+    found = answer_questions(tiny_model(), word_tokenizer, asked, max_new_tokens=1)
+    assert found[0].in_language is None
+    assert "The language of answers in luo_Latn is not judged" in caplog.text

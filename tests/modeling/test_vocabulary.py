@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.questions import answer_questions
 from shifcon_fast.evaluation.sentences import sentence_batches
 from shifcon_fast.modeling.estimate import estimate_space
@@ -62,6 +63,13 @@ def test_estimation_and_evaluation_pad_within_the_embedding(
     expected = answer_questions(model, word_tokenizer, asked, max_new_tokens=2)
     words = [re.sub(r" ?<unused[0-9]+>", "", outcome.response) for outcome in found]
     assert words == [outcome.response for outcome in expected]
+    chosen = [
+        measure_multiple_choice(
+            model, each, [Question(0, "en", "Ada lives in", "Rome", ("Rome", "the red cat"))]
+        )
+        for each in (padded, word_tokenizer)
+    ]
+    assert chosen[0][0].log_likelihoods == pytest.approx(chosen[1][0].log_likelihoods, rel=1e-5)
     result = evaluate(model, padded, text, progress=False)
     assert set(result.perplexity["unshifted"]) == {"en", "sw"}
 
@@ -97,4 +105,6 @@ def test_a_token_without_a_row_is_named(padded: PreTrainedTokenizerFast, model: 
         next(sentence_batches(model, padded, text["en"], batch_size=2, what="parallel['en']"))
     with pytest.raises(ValueError, match=r"question 4 \(en\): has the token " + message):
         answer_questions(model, padded, [Question(4, "en", "Ada [PAD]", 1)])
+    with pytest.raises(ValueError, match=r"question 5 \(en\): has the token " + message):
+        measure_multiple_choice(model, padded, [Question(5, "en", "Ada", "[PAD]", ("[PAD]", "Rome"))])
     check_token_ids([0, 127], padded, 128, "here")

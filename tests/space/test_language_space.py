@@ -288,3 +288,18 @@ def test_loading_a_folder_that_does_not_exist_creates_nothing(tmp_path: Path) ->
     with pytest.raises(ValueError, match="no such file"):
         LanguageSpace.load(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_language_is_found_however_it_is_written() -> None:
+    space = make_space()
+    assert [space.language_id(code) for code in ("sw", "swh_Latn", "eng", "en-US", "tur_Latn")] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
+    assert space.subspace(1, "swh_Latn").basis is space.subspace(1, "sw").basis
+    assert space.distance(1, "sw", "swh") == 0.0
+    with pytest.raises(ValueError, match=r"got 'en-GB'; .* knows sw, en, tr; if 'en' is meant, write that"):
+        space.language_id("en-GB")
