@@ -1,9 +1,9 @@
 """Multiple choice from CLDR: what a model knows in English, asked in other languages.
 
 Official language, currency and continent of the member states of the United Nations, with the names that Unicode's
-`Common Locale Data Repository <https://cldr.unicode.org>`_ has for them in each language, through `babel
-<https://babel.pocoo.org>`_ (``pip install 'shifcon-fast[examples]'``). A question has the same territory, the same
-choices and the same order of choices in every language: only the names differ.
+`Common Locale Data Repository <https://cldr.unicode.org>`_ has for them in each language, through `Babel
+<https://babel.pocoo.org>`_. A question has the same territory, the same choices and the same order of choices in every
+language: only the names differ.
 
 * **One right choice.** Territories with several official languages, or with several currencies, are not asked for
   them, nor are those on two continents for theirs. No wrong choice is a regional official language, or one that 5 %
@@ -28,6 +28,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
+
+from babel.core import Locale, UnknownLocaleError, get_global
+from babel.numbers import get_territory_currencies
 
 from shifcon_fast.data.cldr_wording import WORDINGS, Wording
 from shifcon_fast.data.errors import DataError
@@ -127,7 +130,7 @@ def cldr_rows(
             all.
 
     Raises:
-        DataError: a language without wording, an unknown split or kind, or babel is not installed.
+        DataError: a language without wording, an unknown split or kind.
     """
     words = _wordings(languages, wordings)
     return [
@@ -233,7 +236,7 @@ def _answer(kind: Kind, territory: str) -> str | None:
     if kind == "continent":
         return None if territory in _ON_TWO_CONTINENTS else _TERRITORIES[territory][0]
     if kind == "currency":
-        current = _babel("numbers").get_territory_currencies(territory)
+        current = get_territory_currencies(territory)
         one = current[0] if len(current) == 1 else None
         return None if one is None or one.startswith(territory) else str(one)  # ISO 4217: KES is Kenya's own
     official = [code for code, status, _ in _spoken(territory) if status in _OFFICIAL]
@@ -278,7 +281,7 @@ def _too_many(right: Mapping[str, str]) -> list[str]:
 def _spoken(territory: str) -> list[tuple[str, str | None, float]]:
     """(language, official status, percent of the population), scripts joined."""
     found: dict[str, tuple[str | None, float]] = {}
-    for tag, facts in _babel("core").get_global("territory_languages")[territory].items():
+    for tag, facts in get_global("territory_languages")[territory].items():
         code = tag.partition("_")[0]
         status, share = found.get(code, (None, 0.0))
         found[code] = (status or facts["official_status"], max(share, facts["population_percent"]))
@@ -334,10 +337,9 @@ def _name(kind: str, code: str, language: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _names(kind: str, language: str) -> Mapping[str, str]:
-    core = _babel("core")
     try:
-        locale = core.Locale.parse(language.replace("-", "_"))
-    except (ValueError, core.UnknownLocaleError) as error:
+        locale = Locale.parse(language.replace("-", "_"))
+    except (ValueError, UnknownLocaleError) as error:
         raise DataError(f"languages names {language!r}, which CLDR does not have: {error}") from error
     table = {"language": "languages", "currency": "currencies"}.get(kind, "territories")
     return {code: unicodedata.normalize("NFC", name) for code, name in getattr(locale, table).items()}
@@ -359,15 +361,3 @@ def _draw(*parts: str) -> float:
     """A number in [0, 1) that is the same for the same words on every machine."""
     digest = hashlib.sha256("\n".join(("shifcon_fast.cldr", *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _babel(module: str) -> Any:
-    """A module of babel's, which is optional."""
-    try:
-        import babel.core
-        import babel.numbers
-    except ImportError as error:
-        raise DataError(
-            "the CLDR questions need the package babel: pip install 'shifcon-fast[examples]'"
-        ) from error
-    return {"core": babel.core, "numbers": babel.numbers}[module]

@@ -205,13 +205,6 @@ def test_another_language_of_cldrs() -> None:
         cldr_rows([])
 
 
-def test_without_babel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "babel.core", None)
-    cldr._names.cache_clear()
-    with pytest.raises(DataError, match=r"need the package babel: pip install 'shifcon-fast\[examples\]'"):
-        cldr._names("language", "en")
-
-
 def test_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,9 +124,9 @@ def test_delimiter_template_and_worked_examples(tiny_model: Callable[..., Any], 
         word_tokenizer,
         asked,
         prompt_template={"en": "{question} :", "ja": "{question}:"},
-        few_shot={"en": [("Ben has", "a cat")]},
+        few_shot={"en": [("Ben has", "a cat")], "ja": [("Eva", "Cem")]},
     )
-    assert [item.prompt for item in found] == ["Ben has : a cat\n\nAda lives :", "Ada:"]
+    assert [item.prompt for item in found] == ["Ben has : a cat\n\nAda lives :", "Eva:Cem\n\nAda:"]
     spaced = measure_multiple_choice(model, word_tokenizer, asked[1:], delimiter={"ja": " "})
     joined = measure_multiple_choice(model, word_tokenizer, asked[1:])
     # without the space it is one unknown word: the border lies inside a token, so the choice is tokenised apart
