@@ -124,7 +124,9 @@ def _read_json_lines(path: Path, text: str) -> Iterator[Row]:
                     f"{path}: is one JSON object over several lines, with {fields}; wanted an array of objects, "
                     "or an object a line"
                 ) from error
-            raise DataError(f"{where}: not valid JSON ({error}); wanted one JSON object a line") from error
+            raise DataError(
+                f"{where}: not valid JSON ({error}); wanted one JSON object a line{_other_kinds(path)}"
+            ) from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: a JSON {type(value).__name__}; wanted an object")
         yield Row(where, value)
@@ -156,6 +158,12 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice"
         )
     return value
+
+
+def _other_kinds(path: Path) -> str:
+    """For names that do not say JSON, how the other kinds are told."""
+    is_json = ".json" in path.name.lower()
+    return "" if is_json else " (CSV and TSV are read from names in .csv and .tsv)"
 
 
 def _fields_of_one_object(text: str) -> str:

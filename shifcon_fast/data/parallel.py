@@ -11,6 +11,8 @@ from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language, nearest, refuse_repeated
 from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
 
+_DROP = ", or allow_missing (--allow-missing) to drop the row"
+
 Parallel = Source | Mapping[str, Iterable[str]]
 """Aligned sentences: rows with a field a language, in any source, or ``{language: [sentence, ...]}``."""
 
@@ -59,7 +61,7 @@ def read_parallel(
         absent = [each for each in fields.values() if _is_absent(row.value.get(each), allow_missing)]
         for each in fields.values():
             if each not in absent:
-                check_text(row.value[each], row.where, f"{each!r}")
+                check_text(row.value[each], row.where, f"{each!r}", if_empty=_DROP)
         if absent:
             missing.update(absent)
             first = first or f"{row.where} lacks {', '.join(map(repr, absent))}"
@@ -95,6 +97,10 @@ def _sentences(row: dict[str, Any]) -> dict[str, Any]:
     return dict(translation) if isinstance(translation, Mapping) else row
 
 
+def _shown(key: str, value: object) -> str:
+    return f"{key!r} with a {type(value).__name__}" if isinstance(value, (list, Mapping)) else repr(key)
+
+
 def _rows_of_mapping(source: Mapping[str, Iterable[str]]) -> list[Row]:
     if not source:
         raise DataError("the given mapping holds no language; wanted {language: [sentence, ...]}")
@@ -122,7 +128,9 @@ def _wanted_fields(
     """Language, as the result names it → field of the data."""
     if languages is None:
         if not known:
-            keys = ", ".join(repr(key) for key in rows[0].value) if rows else "nothing"
+            keys = (
+                ", ".join(_shown(key, value) for key, value in rows[0].value.items()) if rows else "nothing"
+            )
             raise DataError(
                 f"{name}: no language found (the first row has {keys}); wanted fields named by language codes, "
                 "with strings, as in {'en': '...', 'sw': '...'}; fields of other names are read if `languages` "

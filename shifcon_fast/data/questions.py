@@ -12,6 +12,7 @@ from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language, refuse_repeated
 from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
 
+_DROP = ", or allow_missing (--allow-missing) to leave the question out"
 _OTHER_FIELDS = ("row", "answer", "lang", "question", "prompt", "choices", "group")
 
 
@@ -140,7 +141,13 @@ def _parse(
             f"as in {{'answer': 18, 'en': '...'}}, or 'lang', 'question' and 'answer'"
         )
     return [
-        Question(number, key, check_text(value, row.where, f"{key!r}"), *answer_and_choices(row, key), group)
+        Question(
+            number,
+            key,
+            check_text(value, row.where, f"{key!r}", if_empty=_DROP),
+            *answer_and_choices(row, key),
+            group,
+        )
         for key, value in values.items()
     ]
 

@@ -47,13 +47,16 @@ def is_missing(value: object) -> bool:
     )
 
 
-def check_text(value: object, where: str, what: str) -> str:
-    """Return ``value`` if it is a string with something in it that UTF-8 can encode; raise DataError otherwise."""
+def check_text(value: object, where: str, what: str, *, if_empty: str = "") -> str:
+    """Return ``value`` if it is a string with something in it that UTF-8 can encode; raise DataError otherwise.
+
+    ``if_empty``: what else can be done about an empty one, for the message.
+    """
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} is {_kind(value)}; wanted a string")
     if is_missing(value):
         invisible = ", nothing but invisible characters" if value.strip() else ""
-        raise DataError(f"{where}: {what} is empty{invisible}; wanted a sentence")
+        raise DataError(f"{where}: {what} is empty{invisible}; wanted a sentence{if_empty}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -81,6 +84,8 @@ def read_rows(source: Source) -> list[Row]:
     """
     if not isinstance(source, (str, Path)):
         rows = _rows_in_memory(source)
+    elif not str(source):
+        raise DataError("the name of the data is empty; wanted a file or a Hugging Face dataset id")
     elif Path(source).is_file():
         from shifcon_fast.data.files import read_file
 
