@@ -17,14 +17,18 @@ INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -n
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
 
-# One worker a core, each with one thread: the models are tiny. `pytest`, not `python -m pytest`, which would put this
-# folder on sys.path, where kernels/ hides the package of that name which bitsandbytes imports.
+# One worker a core, each with one thread: the models are tiny. The tests of a file share fixtures, so they stay with one
+# worker; files go in their order, because the one with the most tests is not the one that takes longest. `pytest`, not
+# `python -m pytest`, which would put this folder on sys.path, where kernels/ hides the package of that name which
+# bitsandbytes imports.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # One after the other, and no test twice, also as `make test test-all`. The marker takes a reason: pyproject.toml.
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
+	$(PYTEST) -m slow
 
 # One process: the models are opened once, and use all cores.
 test-real: $(VENV)/.ready
