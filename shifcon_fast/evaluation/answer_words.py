@@ -44,7 +44,7 @@ ANSWER_WORDS = {
     "pt": AnswerWords(r"resposta(?: final| correta)? é(?: de)?", r"resposta", ("Pergunta", "Problema")),
     "it": AnswerWords(r"risposta(?: finale| corretta)? è", r"risposta", ("Domanda", "Problema")),
     "ru": AnswerWords(
-        r"ответ(?:ом)?(?: -| —| является| будет| равен)", r"ответ", ("Задача", "Вопрос", "Задание")
+        r"ответ(?:ом)?(?:\s?[-—]| является| будет| равен)", r"ответ", ("Задача", "Вопрос", "Задание")
     ),
     "zh": AnswerWords(
         r"答案(?:是|为|為|等于|等於)|答案就是", r"答案|答", ("问题", "問題", "题目", "題目"), spaces=False
@@ -96,6 +96,7 @@ TURN_TOKENS = (
         "<|start_header_id|>",
         "<|end|>",
         "<|user|>",
+        "<|assistant|>",
     ),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "</s>", "<eos>"),
 )

@@ -47,7 +47,7 @@ class Numeral:
     Attributes:
         value: None where it has more than 1,000 digits.
         is_written_out: it has digits and units (三百), or says a share (三分之一); other numerals may be parts of
-            words (一起, 千万不要).
+            words (一起, 千万不要, 百万富翁).
     """
 
     value: Fraction | None

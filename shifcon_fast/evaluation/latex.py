@@ -30,7 +30,7 @@ _SYMBOLS = {
 _FONTS = r"text\w*|math(?:rm|bf|it|sf|tt|bb|cal|normal)|mbox|hbox|operatorname|emph|underline|bm|boldsymbol"
 _FONT = re.compile(rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}")
 _FRACTION = re.compile(r"([0-9]\s*)?\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|([0-9]))\s*(?:\{([^{}\\]*)\}|([0-9]))")
-_COMMAND = re.compile(r"\\([A-Za-z]+|.|\n)")
+_COMMAND = re.compile(rf"\\([A-Za-z]+|[^{BOX}{BOX_END}]|)")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{?)|\\[{}]|[{}]")
 _DEEPEST = 8  # fonts and fractions inside one another
 

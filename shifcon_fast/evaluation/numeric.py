@@ -70,6 +70,7 @@ _EXPONENT = re.compile(r"[eE]([+-]?[0-9]+)(?![0-9A-Za-z])")
 _TIMES_POWER = re.compile(r"\s?[×x*·⋅]\s?10(?:\^\(?([+-]?[0-9]+)\)?|([⁺⁻]?[⁰¹²³⁴-⁹]+))(?![0-9])")
 _DENOMINATOR = re.compile(rf"/([0-9]{{1,{MOST_DIGITS}}})(?![0-9]|[.,/][0-9])")
 _MIXED_FRACTION = re.compile(rf" ([0-9]{{1,{MOST_DIGITS}}})/([0-9]{{1,{MOST_DIGITS}}})(?![0-9]|[.,/][0-9])")
+_MIXED_VULGAR = re.compile(rf" ?([{_VULGAR}])")
 _IRRATIONAL = re.compile(r" ?[√π]")
 _WESTERN = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
 _INDIAN = re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
@@ -150,8 +151,9 @@ def scan(
         elif not text[start].isascii():
             numeral = read_numeral(text, start, chinese=style.short_hanzi)
             position = max(numeral.end, start + 1)
-            is_lone = numeral.end > start and not _continues_a_word(text, numeral.end)
-            if not (numeral.is_written_out or ((expected or start == percent) and is_lone)):
+            is_word = numeral.end == start or _continues_a_word(text, numeral.end)
+            likely = expected or start == percent or numeral.end - start > 1
+            if not numeral.is_written_out and (is_word or not likely):
                 continue
             values = [numeral.value]
         elif (skipped := _NOT_A_QUANTITY.match(text, start)) is not None:
@@ -243,8 +245,8 @@ def _extend(
         above, below = int(mixed.group(1)), int(mixed.group(2))
         if 0 < above < below:
             return value + Fraction(above, below), mixed.end()
-    if position < len(text) and text[position] in _VULGAR:
-        return value + _vulgar(text[position]), position + 1
+    if mixed := _MIXED_VULGAR.match(text, position):
+        return value + _vulgar(mixed.group(1)), mixed.end()
     return value, position
 
 
@@ -282,7 +284,9 @@ def _leading_point(text: str, position: int) -> bool:
     """``.5`` at the start of a word is one half."""
     if position == 0 or text[position - 1] != ".":
         return False
-    return position == 1 or text[position - 2] in " \t\n\u00a0(=+-*/<>~≈" or is_currency(text[position - 2])
+    return (
+        position == 1 or text[position - 2] in " \t\n\u00a0(=+-*/<>~≈\x02" or is_currency(text[position - 2])
+    )
 
 
 def _negative(text: str, start: int) -> bool:
