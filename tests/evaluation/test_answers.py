@@ -361,16 +361,13 @@ def test_every_gold_answer_in_every_language_and_spelling(name: str, shifcon_dat
         own = {ord(str(digit)): chr(ord(ZEROS.get(language, "0")) + digit) for digit in range(10)}
         for answer in answers:
             grouped = format_decimal(answer, locale=language)
-            for spelling in (
-                answer,
-                str(answer),
-                grouped,
-                str(answer).translate(own),
-                grouped.translate(own),
-            ):
+            assert answer in read_gold(answer, language).numbers
+            for spelling in {
+                text.translate(digits) for text in (str(answer), grouped) for digits in ({}, own)
+            }:
                 if answer not in read_gold(spelling, language).numbers:
                     wrong.append((spelling, language))
-                if isinstance(spelling, str) and extract_answer(f"7, so {spelling}!", language) != answer:
+                if extract_answer(f"7, so {spelling}!", language) != answer:
                     wrong.append((f"7, so {spelling}!", language))
     assert len(answers) > 40
     assert wrong == []
