@@ -4,17 +4,25 @@ Calls take turns over inputs that together hold more memory than the last-level 
 On the CPU, memory that was freed stays with the process: otherwise the C library returns it to the system or not as
 the order of allocations falls out, and a call that gets fresh pages takes longer.
 Gradients are dense and random. On CUDA, device time is taken in a CUDA graph and the host's time stands beside
-it; on the CPU it is the clock's. A figure is the median over at least 15 rounds after a warm-up, with the distance
-between the quartiles. Beside milliseconds stand GB/s of the bytes that the operation must move (each input read
-once, each output written once) or TFLOP/s of the products it must form, and their share of the ceilings
-(``ceilings.py``) measured in the same run. A peer that cannot run, or computes something else, is skipped with the
-reason.
+it; what cannot be captured is timed between events; on the CPU it is the clock's. A figure is the median over as
+many rounds as a time budget has room for (at least 15 on the CPU; on CUDA a call that takes long has fewer), with
+the distance between the quartiles and the number of rounds. Beside milliseconds stand GB/s of the bytes that the
+operation must move (each input read once, each output written once) or TFLOP/s of the products it must form, and
+their share of the ceilings (``ceilings.py``) measured in the same run. A peer that cannot run, or computes
+something else, is skipped with the reason.
+
+For runs that may be cut off: ``--rows FILE`` appends each figure to FILE (JSON lines) when it is there, and leaves
+out what FILE has; ``--goals norm,host`` runs the benchmarks of those groups of ``goals.py`` alone, in its order;
+``--warm`` only compiles them. With ``--rows``, a benchmark after which the device may be lost (a capture that
+failed) ends the process with exit status 77: call it again, and it goes on, timing that one between events.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
+import json
 import os
 import platform
 import subprocess
@@ -30,28 +38,96 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ceilings
+import goals
 from timing import (
+    BUDGET,
     Call,
     Timing,
     rounds_and_iterations,
+    rounds_within,
     time_host,
     time_in_graph,
     time_with_events,
+    use_one_stream,
 )
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "inf-cl")
+LOST = 77  # exit status: the device may be lost to this process, and a new one is to go on
 # Several times the 50 to 60 MB of L2 of an H100 or H200, and of what a few cores have of a server's L3.
 _ROTATED_BYTES = {"cuda": 512 * 2**20, "cpu": 256 * 2**20}
+
+
+class Rows:
+    """The file of ``--rows``: each figure at once, so that a run which is cut off loses none."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = None if file is None else Path(file)
+        self.done: set[str] = set()
+        self.uncapturable: dict[str, str] = {}
+        if self.file is not None and self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if "ms" in row:
+                    self.done.add(row["name"])
+                else:
+                    self.uncapturable[row["name"]] = row["capture_error"]
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"name": name, **row}) + "\n")
+
+
+_ROWS = pytest.StashKey[Rows]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--smoke", action="store_true", help="tiny sizes and one round: does the suite itself work?"
     )
+    parser.addoption(
+        "--goals", metavar="GROUP,...", help=f"only these, in their order: {', '.join(goals.GROUPS)}"
+    )
+    parser.addoption(
+        "--missed", metavar="DIR", help="only the goals that DIR's record misses, with all peers"
+    )
+    parser.addoption("--rows", metavar="FILE", help="append each figure to FILE; leave out what it has")
+    parser.addoption("--ceilings", metavar="FILE", help="take the ceilings from FILE, do not measure them")
+    parser.addoption("--warm", action="store_true", help="call once what would be timed, to have it compiled")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     _keep_freed_memory()
+    if torch.cuda.is_available():
+        use_one_stream()
+    # Backwards are called again and again on one graph, which a compiled one that reuses the memory of what it
+    # saved refuses.
+    importlib.import_module("torch._functorch.config").donated_buffer = False
+    if (file := config.getoption("--ceilings")) is not None and Path(file).exists():
+        ceilings.read(Path(file))
+    config.stash[_ROWS] = Rows(config.getoption("--rows"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of all benchmarks those that were asked for, in the order in which they were."""
+    wanted: list[str] | None = None
+    if (groups := config.getoption("--goals")) is not None:
+        if unknown := sorted(set(groups.split(",")) - set(goals.GROUPS)):
+            raise pytest.UsageError(
+                f"--goals: got {', '.join(unknown)}; wanted some of {', '.join(goals.GROUPS)}"
+            )
+        wanted = [name for group in groups.split(",") for name in goals.GROUPS[group]]
+    if (folder := config.getoption("--missed")) is not None:
+        wanted = goals.missed(Path(folder))
+    left_out = list(items)
+    if wanted is not None:
+        by_name = {item.nodeid.rpartition("/")[2]: item for item in items}
+        if absent := [name for name in wanted if name not in by_name]:
+            raise pytest.UsageError(f"benchmarks/goals.py: there are no benchmarks {', '.join(absent)}")
+        items[:] = [by_name[name] for name in wanted]
+    rows = config.stash[_ROWS]
+    items[:] = [item for item in items if item.nodeid.rpartition("/")[2] not in rows.done]
+    config.hook.pytest_deselected(items=[item for item in left_out if item not in items])
 
 
 def _keep_freed_memory() -> None:
@@ -104,24 +180,58 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def rotations(device: torch.device, smoke: bool) -> Callable[[int], int]:
+def rotations(device: torch.device, smoke: bool, pytestconfig: pytest.Config) -> Callable[[int], int]:
     """How many copies of inputs of so many bytes do not fit into the last-level cache together."""
+    warm = bool(pytestconfig.getoption("--warm"))
 
     def count(bytes_of_one: int) -> int:
-        return 1 if smoke else max(2, min(64, -(-_ROTATED_BYTES[device.type] // bytes_of_one)))
+        return 1 if smoke or warm else max(1, min(64, -(-_ROTATED_BYTES[device.type] // bytes_of_one)))
 
     return count
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., None]:
-    """Time calls, and record what came out in the benchmark's ``extra_info``.
+def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``record(case=…, peer=…, ms=…, …)``: a figure, for the benchmark and the file of ``--rows``."""
+    rows, name = request.config.stash[_ROWS], request.node.nodeid.rpartition("/")[2]
 
-    ``measure(calls, case=…, peer=…, moved=…, flops=…, dtype=…)``: ``moved`` are the bytes that one call must read
-    and write, ``flops`` the operations of its matrix products, ``dtype`` what they are formed in. Recorded are ms,
-    iqr_ms, rounds, and where they apply gb_s, percent_of_copy, tflop_s, percent_of_matmul, host_ms and peak_mib
-    (CUDA), moved, flops, dtype.
+    def add(**figures: Any) -> None:
+        benchmark.extra_info.update(figures)
+        rows.add(name, figures)
+
+    return add
+
+
+@pytest.fixture
+def only_warm(pytestconfig: pytest.Config) -> Callable[[Call], None]:
+    """With ``--warm``: make this call, and skip the rest of the test."""
+
+    def call_and_skip(call: Call) -> None:
+        if pytestconfig.getoption("--warm"):
+            call()
+            pytest.skip("compiled, not timed")
+
+    return call_and_skip
+
+
+@pytest.fixture
+def measure(  # noqa: PLR0917 - pytest passes fixtures by name
+    benchmark: Any,
+    device: torch.device,
+    smoke: bool,
+    record: Callable[..., None],
+    only_warm: Callable[[Call], None],
+    request: pytest.FixtureRequest,
+) -> Callable[..., None]:
+    """Time calls, and record what came out.
+
+    ``measure(calls, case=…, peer=…, moved=…, flops=…, dtype=…, capturable=True)``: ``moved`` are the bytes that one
+    call must read and write, ``flops`` the operations of its matrix products, ``dtype`` what they are formed in;
+    ``capturable=False`` says that a call synchronises, or is too large to be held twice. Recorded are ms, iqr_ms,
+    rounds, and where they apply gb_s, percent_of_copy, tflop_s, percent_of_matmul, moved, flops, dtype; on CUDA
+    host_ms, peak_mib, timed_by ("graph" or "events") and capture_error.
     """
+    rows, name = request.config.stash[_ROWS], request.node.nodeid.rpartition("/")[2]
 
     def run(
         calls: Sequence[Call],
@@ -131,17 +241,30 @@ def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., 
         moved: int | None = None,
         flops: int | None = None,
         dtype: torch.dtype | None = None,
+        capturable: bool = True,
     ) -> None:
-        benchmark.group = case
-        info = benchmark.extra_info
-        info.update(case=case, peer=peer, moved=moved, flops=flops, peak_mib=None)
-        info["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         if flops is not None and dtype is None:
             raise ValueError("dtype: got none; flops are a share of the rate of products in one dtype")
+        only_warm(calls[0])
+        benchmark.group = case
+        info: dict[str, Any] = {"case": case, "peer": peer, "moved": moved, "flops": flops, "peak_mib": None}
+        info["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         ceilings.measured(device.type, smoke)  # once a session, before anything else is timed
-        timing = (
-            _on_cpu(benchmark, calls, smoke) if device.type == "cpu" else _on_cuda(benchmark, calls, smoke)
-        )
+        if device.type == "cpu":
+            timing = _on_cpu(benchmark, calls, smoke)
+        else:
+            failed = rows.uncapturable.get(name)
+            try:
+                timing, on_device = _on_cuda(benchmark, calls, smoke, capturable and failed is None)
+            except CaptureFailed as error:
+                rows.add(name, {"case": case, "peer": peer, "capture_error": str(error)})
+                if rows.file is not None:
+                    pytest.exit(f"{name}: {error}; the device may be lost to this process", LOST)
+                failed = str(error)
+                timing, on_device = _on_cuda(benchmark, calls, smoke, False)
+            info.update(on_device)
+            if failed is not None:
+                info["capture_error"] = failed
         info.update(ms=timing.median * 1e3, iqr_ms=timing.iqr * 1e3, rounds=timing.rounds)
         if moved is not None:
             info["gb_s"] = moved / timing.median / 1e9
@@ -152,12 +275,13 @@ def measure(benchmark: Any, device: torch.device, smoke: bool) -> Callable[..., 
             info["tflop_s"] = flops / timing.median / 1e12
             rate = ceilings.matmul_rate(device.type, info["dtype"], smoke)
             info["percent_of_matmul"] = 100 * flops / timing.median / rate
+        record(**info)
 
     return run
 
 
 @pytest.fixture
-def take_turns(benchmark: Any, smoke: bool) -> Callable[..., None]:
+def take_turns(benchmark: Any, smoke: bool, record: Callable[..., None]) -> Callable[..., None]:
     """Time several peers call by call in turn, so that noise which outlasts a call meets all of them alike.
 
     ``take_turns({peer: calls, …}, case=…)``; one peer is "ours". CPU only. Recorded are, for "ours", ms, rounds and
@@ -179,7 +303,7 @@ def take_turns(benchmark: Any, smoke: bool) -> Callable[..., None]:
         ours = timings.pop("ours")
         benchmark.group = case
         benchmark.pedantic(next(turns["ours"]), rounds=1)
-        benchmark.extra_info.update(
+        record(
             case=case,
             peer="ours",
             ms=ours.median * 1e3,
@@ -206,26 +330,42 @@ def _on_cpu(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:
     return Timing(stats.median, stats.iqr, stats.rounds)
 
 
-def _on_cuda(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:
+class CaptureFailed(RuntimeError):
+    """A call cannot be captured in a CUDA graph."""
+
+
+def _on_cuda(
+    benchmark: Any, calls: Sequence[Call], smoke: bool, capturable: bool
+) -> tuple[Timing, dict[str, Any]]:
+    """Device time, and host_ms, peak_mib, timed_by. What takes long is called seldom.
+
+    Raises:
+        CaptureFailed: see ``time_in_graph``.
+    """
+    budget = BUDGET / 100 if smoke else BUDGET
     calls[0]()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
     calls[0]()
     torch.cuda.synchronize()
-    benchmark.extra_info["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    rounds = 3 if smoke else 15
-    benchmark.extra_info["host_ms"] = time_host(calls, rounds).median * 1e3
-    try:
-        timing = time_in_graph(calls, rounds)
-    except RuntimeError as error:  # a call that synchronises cannot be captured
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+    once = time.perf_counter() - start
+    found: dict[str, Any] = {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    found["host_ms"] = time_host(calls, min(15, rounds_within(once, budget / 4))).median * 1e3
+    # As many inputs as fit into the budget several times over: of a call that takes long, one.
+    calls = calls[: max(1, int(budget / (4 * once)))]
+    if capturable:
+        try:
+            timing = time_in_graph(calls, budget)
+        except torch.cuda.OutOfMemoryError:
             raise
-        torch.cuda.synchronize()
-        benchmark.extra_info["host_bound"] = str(error).splitlines()[0]
-        timing = time_with_events(calls, rounds)
+        except RuntimeError as error:
+            raise CaptureFailed(str(error).splitlines()[0]) from error
+    else:
+        timing = time_with_events(calls, budget)
+    found["timed_by"] = "graph" if capturable else "events"
     benchmark.pedantic(lambda: (calls[0](), torch.cuda.synchronize()), rounds=1)
-    return timing
+    return timing, found
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -249,6 +389,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     spread = f"± {row['iqr_ms'] / 2:8.4f}" if "iqr_ms" in row else ""
+    events = "" if row.get("timed_by") != "events" else "(between events)"
     speed = f"{row['gb_s']:8.1f} GB/s {row['percent_of_copy']:6.1f} % of copy" if "gb_s" in row else ""
     rate = (
         f"{row['tflop_s']:8.2f} TFLOP/s {row['percent_of_matmul']:6.1f} % of matmul"
@@ -256,4 +397,4 @@ def _line(row: dict[str, Any]) -> str:
         else ""
     )
     others = ", ".join(f"{peer} {times:.2f} x" for peer, times in row.get("times_as_long", {}).items())
-    return f"    {row['peer']:24s} {row['ms']:10.4f} ms {spread} {speed} {rate} {others}".rstrip()
+    return f"    {row['peer']:24s} {row['ms']:10.4f} ms {spread} {speed} {rate} {others} {events}".rstrip()

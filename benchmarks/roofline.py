@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,19 @@ def operator_of(case: str) -> str:
     return _SIZE.sub(" ", case).strip()
 
 
-def curves(benchmarks: dict[str, Any], ceilings: dict[str, Any]) -> Curves:
+def curves(benchmarks: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Curves:
     """What is to be drawn.
 
     Args:
-        benchmarks: of benchmarks.json; rows with neither ``moved`` nor ``flops`` have no ceiling and are left out.
+        benchmarks: the rows of benchmarks.jsonl; those with neither ``moved`` nor ``flops`` have no ceiling and
+            are left out.
         ceilings: of ceilings.json.
 
     Raises:
         ValueError: no row has a ceiling.
     """
     cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for bench in benchmarks["benchmarks"]:
-        row = bench["extra_info"]
+    for row in benchmarks:
         if "ms" in row and (row.get("moved") or row.get("flops")):
             cases[row["case"]].append(row)
     found: Curves = defaultdict(list)
@@ -126,11 +127,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what gpu_check wrote")
     parser.add_argument("--out", type=Path, default=Path("docs/images/roofline.png"))
     options = parser.parse_args()
-    read = {
-        name: json.loads((options.folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("benchmarks", "ceilings")
-    }
-    figure = draw(curves(read["benchmarks"], read["ceilings"]), read["ceilings"]["device"])
+    lines = (options.folder / "benchmarks.jsonl").read_text(encoding="utf-8").splitlines()
+    ceilings = json.loads((options.folder / "ceilings.json").read_text(encoding="utf-8"))
+    figure = draw(curves([json.loads(line) for line in lines], ceilings), ceilings["device"])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
 

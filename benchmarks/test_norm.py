@@ -116,6 +116,8 @@ def check(peer: str, function: Callable[..., tuple[Tensor, Tensor]], values: dic
     try:
         y, h = run(function, values)
     except (RuntimeError, TypeError, AttributeError, ValueError, ImportError) as error:
+        if peer == "ours":
+            raise
         pytest.skip(f"{peer} does not run here: {error}")
     expected_y, expected_h = run(
         eager, {name: value.float() if value.is_floating_point() else value for name, value in values.items()}

@@ -86,6 +86,8 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "torch.compile, padded": padded,
 }
 
+SYNCHRONISING = ("eager", "eager, float32 inside")  # the loop asks the device which languages there are
+
 
 def inputs(rows: int, hidden: int, languages: int, rank: int, device: torch.device) -> Values:
     """Languages in mixed order; float32 means, as a language space holds them, and a basis in x's dtype, by rows.
@@ -106,6 +108,8 @@ def check(peer: str, function: Callable[..., Tensor], values: Values) -> None:
     try:
         got = function(*values)
     except (RuntimeError, TypeError, ValueError) as error:
+        if peer == "ours":
+            raise
         pytest.skip(f"{peer} does not run here: {error}")
     x, mean, basis, source, target = values
     expected = eager(x.float(), mean, basis.float(), source, target)
@@ -149,7 +153,7 @@ def test_forward(
         sets = [first] + [inputs(rows, hidden, languages, rank, device) for _ in range(rotations(moved) - 1)]
         calls = [lambda values=values: function(*values) for values in sets]
         case = f"projection forward {rows}x{hidden}, {languages} languages, rank {rank}"
-        measure(calls, moved=moved, case=case, peer=peer)
+        measure(calls, moved=moved, case=case, peer=peer, capturable=peer not in SYNCHRONISING)
 
 
 @pytest.mark.parametrize("peer", ["ours", "eager", "eager, float32 inside", "torch.compile"])
@@ -177,4 +181,5 @@ def test_backward(
     bytes_moved = 2 * rows * hidden * 2
     calls = [call() for _ in range(rotations(bytes_moved))]
     case = f"projection backward {rows}x{hidden}, {languages} languages, rank {rank}"
+    # Also what eager peers asked the device for in the loop of their forward is known by now.
     measure(calls, moved=bytes_moved, case=case, peer=peer)

@@ -1,12 +1,14 @@
 """Time, memory and whereabouts of one real training step: plain QLoRA, the authors' recipe, ours, and ablations.
 
     python benchmarks/step/run.py --out DIR --size llama-3-8b|1b|tiny [--device cuda|cpu] [--steps 5]
+        [--variants NAME,NAME...]
 
 A randomly initialised model in NF4 with LoRA on every linear layer; a step is forward, backward and the AdamW
 update of the adapters, under gradient checkpointing. The learning rate is 0: the update does its work, and every
 variant meets the same weights. The variants take turns, so that a drifting clock meets them alike; each figure is
 the median with the distance between the quartiles. TFLOP/s count the matrix products that ran, recomputation
-included. Writes DIR/step.json; a variant that runs out of memory is recorded so.
+included. Writes DIR/step.json anew whenever more is known, the profiles last; a variant that runs out of memory is
+recorded so. The matrix product's rate is taken from DIR/ceilings.json where that is.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,37 +141,18 @@ def _quantised_products() -> dict[Any, Callable[..., int]]:
     return {} if operator is None else {operator: count}
 
 
-def measure(size: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """Everything that step.json holds."""
-    multiplied = ceilings.matmul_rate(
-        device.type, "bfloat16" if device.type == "cuda" else "float32", size == "tiny"
-    )
-    runner = Runner(size, device)
-    found: dict[str, dict[str, Any]] = {}
-    for variant in VARIANTS:
-        try:
-            found[variant] = runner.first(variant)
-        except torch.cuda.OutOfMemoryError as error:
-            found[variant] = {"error": str(error).splitlines()[0]}
-            runner.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-    usable = [variant for variant in VARIANTS if "error" not in found[variant]]
-    taken: dict[str, list[float]] = {variant: [] for variant in usable}
-    for _ in range(steps):
-        for variant in usable:
-            taken[variant].append(runner.seconds(variant))
-    for variant, seconds in taken.items():
-        timing = Timing.of(seconds)
-        found[variant].update(
-            ms=timing.median * 1e3,
-            iqr_ms=timing.iqr * 1e3,
-            steps=timing.rounds,
-            tflop_s=found[variant]["flops"] / timing.median / 1e12,
-            percent_of_matmul=100 * found[variant]["flops"] / timing.median / multiplied,
-            kernels=runner.kernels(variant),
-        )
+def measure(
+    size: str,
+    device: torch.device,
+    steps: int,
+    variants: Sequence[str],
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Everything that step.json holds; ``write`` gets it whenever there is more of it."""
     shape = SIZES[size]
-    return {
+    found: dict[str, dict[str, Any]] = {}
+    multiplied = product_rate(device, size == "tiny")
+    record = {
         "size": size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "area": shape.area,
@@ -177,8 +160,44 @@ def measure(size: str, device: torch.device, steps: int) -> dict[str, Any]:
         "pairs": shape.pairs,
         "matmul_flop_s": multiplied,
         "variants": found,
-        "saved_ms": contributions(found),
+        "saved_ms": {},
     }
+    runner = Runner(size, device)
+    for variant in variants:
+        try:
+            found[variant] = runner.first(variant)
+        except torch.cuda.OutOfMemoryError as error:
+            found[variant] = {"error": str(error).splitlines()[0]}
+            runner.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        write(record)
+    usable = [variant for variant in variants if "error" not in found[variant]]
+    taken: dict[str, list[float]] = {variant: [] for variant in usable}
+    for _ in range(steps):
+        for variant in usable:
+            taken[variant].append(runner.seconds(variant))
+            timing, flops = Timing.of(taken[variant]), found[variant]["flops"]
+            found[variant].update(
+                ms=timing.median * 1e3,
+                iqr_ms=timing.iqr * 1e3,
+                steps=timing.rounds,
+                tflop_s=flops / timing.median / 1e12,
+                percent_of_matmul=100 * flops / timing.median / multiplied,
+            )
+        record["saved_ms"] = contributions(found)
+        write(record)
+    for variant in usable:
+        found[variant]["kernels"] = runner.kernels(variant)
+        write(record)
+    return record
+
+
+def product_rate(device: torch.device, small: bool) -> float:
+    """Operations per second of a product in the step's dtype; on CUDA on a stream of its own, for the graph."""
+    if device.type != "cuda":
+        return ceilings.matmul_rate("cpu", "float32", small)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return ceilings.matmul_rate("cuda", "bfloat16", small)
 
 
 def contributions(found: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -188,11 +207,11 @@ def contributions(found: dict[str, dict[str, Any]]) -> dict[str, float]:
         "cut contrastive pass": "ours, contrastive pass not cut",
         "everything, against the authors' recipe": "authors' recipe",
     }
-    ours = found["ours"].get("ms")
+    ours = found.get("ours", {}).get("ms")
     return {
         part: found[without]["ms"] - ours
         for part, without in parts.items()
-        if ours is not None and "ms" in found[without]
+        if ours is not None and "ms" in found.get(without, {})
     }
 
 
@@ -204,10 +223,20 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="llama-3-8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=ceilings.default_device())
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, in turn")
     options = parser.parse_args()
-    record = measure(options.size, torch.device(options.device), options.steps)
+    variants = options.variants.split(",")
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        parser.error(f"--variants: got {', '.join(unknown)}; wanted some of {', '.join(VARIANTS)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    measured_before = options.out / "ceilings.json"
+    if measured_before.exists() and options.device == "cuda":
+        ceilings.read(measured_before)
+
+    def write(record: dict[str, Any]) -> None:
+        (options.out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    record = measure(options.size, torch.device(options.device), options.steps, variants, write)
     for name, row in record["variants"].items():
         memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
         time_ = f"{row['ms']:9.1f} ms ± {row['iqr_ms'] / 2:.1f}" if "ms" in row else row["error"]

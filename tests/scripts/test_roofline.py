@@ -22,33 +22,28 @@ CEILINGS = {
 
 def row(case: str, peer: str, ms: float, **work: Any) -> dict[str, Any]:
     return {
-        "extra_info": {
-            "case": case,
-            "peer": peer,
-            "ms": ms,
-            "moved": None,
-            "flops": None,
-            "dtype": None,
-            **work,
-        }
+        "name": f"test_something.py::test_it[{peer}]",
+        "case": case,
+        "peer": peer,
+        "ms": ms,
+        "moved": None,
+        "flops": None,
+        "dtype": None,
+        **work,
     }
 
 
-BENCHMARKS = {
-    "benchmarks": [
-        row("norm forward 8192x4096", "ours", 0.2, moved=4 * 10**8),  # 2e12 bytes/s
-        row("norm forward 8192x4096", "ours, no shift", 0.1, moved=4 * 10**8),
-        row("norm forward 8192x4096", "eager", 0.8, moved=4 * 10**8),
-        row("norm forward 8192x4096", "Liger", 0.4, moved=4 * 10**8),
-        row("norm forward 8192x2048", "ours", 0.1, moved=10**8),
-        row(
-            "info_nce forward, 1x64x512", "ours", 1.0, flops=2 * 10**11, dtype="bfloat16"
-        ),  # 2e14 operations/s
-        row("info_nce forward, 1x64x512 float32", "ours", 10.0, flops=10**11, dtype="float32"),
-        row("host time, gradients off: info_nce", "ours", 0.01),
-        row("pool forward 8x512x4096", "eager", 0.5, moved=10**8),
-    ]
-}
+BENCHMARKS = [
+    row("norm forward 8192x4096", "ours", 0.2, moved=4 * 10**8),  # 2e12 bytes/s
+    row("norm forward 8192x4096", "ours, no shift", 0.1, moved=4 * 10**8),
+    row("norm forward 8192x4096", "eager", 0.8, moved=4 * 10**8),
+    row("norm forward 8192x4096", "Liger", 0.4, moved=4 * 10**8),
+    row("norm forward 8192x2048", "ours", 0.1, moved=10**8),
+    row("info_nce forward, 1x64x512", "ours", 1.0, flops=2 * 10**11, dtype="bfloat16"),  # 2e14 operations/s
+    row("info_nce forward, 1x64x512 float32", "ours", 10.0, flops=10**11, dtype="float32"),
+    row("host time, gradients off: info_nce", "ours", 0.01),
+    row("pool forward 8x512x4096", "eager", 0.5, moved=10**8),
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +91,12 @@ def test_what_is_drawn(roofline: ModuleType) -> None:
 
 def test_without_anything_to_draw_it_says_so(roofline: ModuleType) -> None:
     with pytest.raises(ValueError, match="nothing can be drawn"):
-        roofline.curves({"benchmarks": [row("host time: info_nce", "ours", 0.01)]}, CEILINGS)
+        roofline.curves([row("host time: info_nce", "ours", 0.01)], CEILINGS)
 
 
 def test_the_command_writes_the_picture(tmp_path: Path) -> None:
-    (tmp_path / "benchmarks.json").write_text(json.dumps(BENCHMARKS), encoding="utf-8")
+    lines = "\n".join(map(json.dumps, BENCHMARKS))
+    (tmp_path / "benchmarks.jsonl").write_text(lines + "\n", encoding="utf-8")
     (tmp_path / "ceilings.json").write_text(json.dumps(CEILINGS), encoding="utf-8")
     picture = tmp_path / "new" / "roofline.png"
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--out", str(picture)]
