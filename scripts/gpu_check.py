@@ -1,28 +1,35 @@
-"""Everything that needs a CUDA machine, in at most nine minutes, from a bare checkout with torch, Triton and nvcc.
+"""Everything that needs a CUDA machine, from a bare checkout with torch and Triton, within a budget of seconds.
 
-    scripts/gpu_check.sh OUT [--only PART,PART...] [--commit ID]
+    scripts/gpu_check.sh OUT --call 1 --seconds 270 --commit ID                 the first call
+    scripts/gpu_check.sh OUT --call 2 --seconds 300 --commit ID --after FIRST   the second; FIRST is the first's OUT
+    scripts/gpu_check.sh OUT [--only PART,PART...] [--skip PART,PART...]        all parts, or some
 
-Parts, in the order in which they run (``build`` always does; correctness runs side by side, what is timed alone):
+docs/gpu.md says what to do before, between and after the calls. Parts run in the order of their value, each in
+processes of its own, and what they find is on disk when it is known: a call that is cut off loses nothing.
 
-* build: the package with its CPU and CUDA libraries, into a temporary folder
+* load (always): the wheels of ``wheels/``, the sources, the compiled libraries; which backend each operator has
+* small: one small call per operator, forward and backward, against float64
 * ceilings: the copy's bandwidth and the matrix product's rate, before anything else is timed
-* ops: the operators' contract on the device, and ``tests/gpu`` but for the models
-* models: attached models, ``torch.compile``, CUDA graphs, NF4 training
-* sanitizer: compute-sanitizer's memcheck and racecheck on small shapes
-* step: one real training step of a random Llama-3-8B in NF4 against the authors' recipe
-* benchmarks: the operators beside their peers
+* contract, captures, models, large: tests, side by side: the operators' contract, CUDA graphs (a process each),
+  attached models with NF4 training, tensors of more than 2**31 elements
+* warm: compiles, beside them, what the parts below time
+* norm, info_nce, projection, host, info_nce_65536: the benchmarks that the goals ask for, ours first
+* missed: those that FIRST missed or lacks, with all peers
+* step: real training steps of a random Llama-3-8B in NF4: plain, the authors' recipe, ours
+* memcheck: compute-sanitizer on the small calls, our kernels only
+* sanitizer, benchmarks, variants (in no call): memcheck and racecheck on every kernel; every benchmark; every
+  variant of the step
 
-Nothing is fetched. Packages that the machine lacks can be brought as wheels in ``wheels/`` beside this folder: they
-are installed for this run only. OUT gets environment.json (device, driver, versions, commit, backends, and for each
-job what came out and how long it took), ceilings.json, ops.xml, ops_large.xml, models.xml, step.json,
-benchmarks.json and log.txt: eight files. Exit status 0 if every job passed or could not apply, 1 if one failed, 2
-without a CUDA device.
+Nothing is fetched. OUT gets environment.json (first; device, driver, versions, commit, backends, and for each job
+what came out and how long it took), ceilings.json, tests.jsonl, benchmarks.jsonl, step.json and log.txt. Exit
+status 0 if every job passed or could not apply, 1 if one failed, 2 without a CUDA device.
+
+SHIFCON_REHEARSE=1 rehearses a run on the CPU, with tiny sizes and a stub of the device (tests/scripts/stub).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -33,333 +40,254 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-CONTRACT, DEVICE_TESTS = ROOT / "tests" / "contract", ROOT / "tests" / "gpu"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import goals
+from gpu_jobs import Outcome, run_together
+from gpu_parts import GROUPS, ROOT, Check, read_rows
+
 TOTAL_SECONDS = 530
-PHASES = (("ceilings",), ("ops", "models", "sanitizer"), ("step",), ("benchmarks",))
-PARTS = ("build", *(part for phase in PHASES for part in phase))
+# Parts of a phase run side by side, phases one after the other. A number is what a phase leaves to it at least, in
+# seconds: each may take longer by what those before it left.
+Plan = tuple[tuple[tuple[str, ...], int], ...]
+CALLS: dict[int, Plan] = {
+    1: (
+        (("small",), 30),
+        (("ceilings",), 18),
+        (("contract", "captures", "warm"), 70),
+        (("norm",), 40),
+        (("info_nce",), 28),
+        (("projection",), 28),
+        (("host",), 20),
+    ),
+    2: (
+        (("ceilings",), 18),
+        (("small", "contract", "captures", "models", "large", "warm"), 70),
+        (("missed",), 45),
+        (("step",), 75),
+        (("info_nce_65536",), 25),
+        (("memcheck",), 40),
+    ),
+}
+EVERYTHING: Plan = (
+    (("small",), 30),
+    (("ceilings",), 15),
+    (("contract", "captures", "models", "large"), 120),
+    *(((group,), 20) for group in GROUPS),
+    (("step",), 75),
+    (("memcheck",), 35),
+    (("sanitizer",), 20),
+    (("variants",), 20),
+    (("benchmarks",), 20),
+)
+PARTS = (
+    *dict.fromkeys(part for plan in (EVERYTHING, *CALLS.values()) for phase, _ in plan for part in phase),
+)
+LOAD_SECONDS = 60
 PACKAGES = (
-    *("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pytest"),
+    *(
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "numpy",
+        "pytest",
+        "pytest-xdist",
+    ),
     *("liger-kernel", "quack-kernels", "inf-cl"),
 )
-# Small shapes of every kernel; the names are those of the contract's and of tests/gpu's tests.
-SANITIZED = (
-    "(test_values_and_gradients and 7-) or (test_values_and_gradient and shape1) or index_per_row or small"
-    " or (test_loss and (shape2 or shape4)) or (test_similarity and shape0)"
-)
-LARGE = "two_to_the_31"  # tests that take tens of GiB each
-_GRACE = 20  # seconds between the request to stop, upon which pytest still writes its files, and the end
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command with a limit of its own; ``missing`` says why it cannot apply here."""
-
-    name: str
-    seconds: int
-    command: Sequence[str]
-    environment: dict[str, str] = field(default_factory=dict)
-    missing: str | None = None
-
-
-@dataclass
-class Outcome:
-    """``passed`` is None where a job could not apply."""
-
-    passed: bool | None
-    seconds: float
-    reason: str | None = None
-
-
-def run_together(jobs: Sequence[Job], deadline: float, log: Path, cwd: Path) -> dict[str, Outcome]:
-    """Run jobs side by side, each within its own limit and what is left until ``deadline`` (monotonic seconds).
-
-    A job's output is appended to ``log`` when it ends. A job that runs over is interrupted, then killed with
-    whatever it started.
-    """
-    outcomes: dict[str, Outcome] = {}
-    running: dict[str, tuple[subprocess.Popen[bytes], float, float, Any]] = {}
-    for job in jobs:
-        start = time.monotonic()
-        limit = min(job.seconds, deadline - start)
-        if job.missing is not None:
-            outcomes[job.name] = Outcome(None, 0.0, job.missing)
-        elif limit < 5:
-            outcomes[job.name] = Outcome(False, 0.0, "no time was left")
-        else:
-            print(f"== {job.name} (at most {limit:.0f} s)", flush=True)
-            output = tempfile.TemporaryFile()  # noqa: SIM115 - closed where it is read
-            process = subprocess.Popen(
-                job.command,
-                cwd=cwd,
-                env={**os.environ, **job.environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            running[job.name] = (process, start, limit, output)
-    while running:
-        time.sleep(0.05)
-        for name, (process, start, limit, output) in list(running.items()):
-            if process.poll() is None and time.monotonic() < start + limit:
-                continue
-            late = process.poll() is None
-            if late:
-                _stop(process)
-            seconds = time.monotonic() - start
-            reason = f"stopped after {limit:.0f} s" if late else None
-            if not late and process.returncode:
-                reason = f"exit status {process.returncode}"
-            outcomes[name] = Outcome(reason is None, round(seconds, 1), reason)
-            _keep_output(name, outcomes[name], output, log)
-            del running[name]
-    return outcomes
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    os.kill(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE)
-    with contextlib.suppress(
-        ProcessLookupError
-    ):  # what it started may outlive it; they are a session of their own
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _keep_output(name: str, outcome: Outcome, output: Any, log: Path) -> None:
-    output.seek(0)
-    text = output.read().decode(errors="replace")
-    output.close()
-    title = f"== {name}: {'passed' if outcome.passed else outcome.reason} in {outcome.seconds:.1f} s"
-    with log.open("a", encoding="utf-8") as stream:
-        stream.write(f"{title}\n{text}\n")
-    print(title, *text.splitlines()[-25:], sep="\n", flush=True)
-
-
-class Check:
-    """The jobs of a run: where things are, and how each part is called."""
-
-    def __init__(self, out: Path, scratch: Path) -> None:
-        self.out, self.scratch = out, scratch
-        self.site, self.wheels = scratch / "site", scratch / "wheels"
-        self.log = out / "log.txt"
-        (scratch / "pytest.ini").write_text(
-            "[pytest]\naddopts = --import-mode=importlib -q --tb=short -p no:cacheprovider\n"
-            "markers =\n    gpu: needs a CUDA device\nxfail_strict = true\n",
-            encoding="utf-8",
-        )
-
-    @property
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, [str(self.site), str(self.wheels), os.environ.get("PYTHONPATH")]))
-        return {
-            "PYTHONPATH": path,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(self.scratch / "triton"),
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products ask for
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-
-    def install_wheels(self) -> Job:
-        wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        return Job(
-            "wheels",
-            60,
-            [*command, "--target", str(self.wheels), *wheels],
-            missing=None if wheels else "there is no folder wheels/ with packages to add",
-        )
-
-    def build(self) -> Job:
-        source = self.scratch / "source"
-        shutil.copytree(
-            ROOT,
-            source,
-            ignore=shutil.ignore_patterns(".venv", ".git", "wheels", "build", "__pycache__", ".*_cache"),
-        )
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        return Job(
-            "build",
-            150,
-            [*command, "--no-build-isolation", "--target", str(self.site), str(source)],
-            {"SHIFCON_NATIVE": "1", "SHIFCON_CUDA": "1"},
-        )
-
-    def copy_sources(self) -> None:
-        """What a build would have installed, but for the compiled libraries; Triton's kernels need no compiler."""
-        shutil.rmtree(self.site, ignore_errors=True)
-        unused = shutil.ignore_patterns("__pycache__", "*.so")
-        shutil.copytree(ROOT / "shifcon_fast", self.site / "shifcon_fast", ignore=unused)
-        shutil.copytree(ROOT / "kernels", self.site / "shifcon_fast" / "kernels", ignore=unused)
-
-    def jobs(self, part: str) -> list[Job]:
-        """The jobs of any part but ``build``."""
-        benchmarks = ROOT / "benchmarks"
-        models = [str(DEVICE_TESTS / f"test_{name}.py") for name in ("models", "training")]
-        if part == "ceilings":
-            command = [sys.executable, str(benchmarks / "ceilings.py"), str(self.out / "ceilings.json")]
-            return [Job(part, 40, command, self.environment)]
-        if part == "ops":
-            ignored = [f"--ignore={path}" for path in models]
-            tests = [str(CONTRACT), str(DEVICE_TESTS), *ignored]
-            return [
-                self._pytest("ops", 180, [*tests, "-k", f"not {LARGE}"], workers=6),
-                self._pytest("ops_large", 180, [*tests, "-k", LARGE]),
-            ]
-        if part == "models":
-            return [self._pytest(part, 180, models, workers=4)]
-        if part == "sanitizer":
-            return [self._sanitizer("memcheck"), self._sanitizer("racecheck")]
-        if part == "step":
-            command = [
-                sys.executable,
-                str(benchmarks / "step" / "run.py"),
-                "--out",
-                str(self.out),
-                "--steps",
-                "3",
-            ]
-            missing = (
-                None if self._has("bitsandbytes") and self._has("peft") else "bitsandbytes or peft is missing"
-            )
-            return [Job(part, 130, command, self.environment, missing)]
-        options = ["--benchmark-json", str(self.out / "benchmarks.json"), "--benchmark-columns", "median"]
-        job = self._pytest(part, 400, [*options, str(benchmarks)])
-        return [
-            job if self._has("pytest_benchmark") else Job(part, 0, [], missing="pytest-benchmark is missing")
-        ]
-
-    def _pytest(self, name: str, seconds: int, arguments: list[str], workers: int = 0) -> Job:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-c",
-            str(self.scratch / "pytest.ini"),
-            "--rootdir",
-            str(ROOT),
-        ]
-        if workers and self._has("xdist"):  # compiling kernels, not running them, is what takes the time
-            command += ["-n", str(workers)]
-        return Job(
-            name,
-            seconds,
-            [*command, "--junitxml", str(self.out / f"{name}.xml"), *arguments],
-            self.environment,
-        )
-
-    def _sanitizer(self, tool: str) -> Job:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        tests = [str(CONTRACT), str(DEVICE_TESTS)]
-        run = [sys.executable, "-m", "pytest", "-c", str(self.scratch / "pytest.ini"), "--rootdir", str(ROOT)]
-        # PyTorch's own allocator would hide an access past a tensor's end.
-        environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not installed"
-        return Job(tool, 170, [*command, *run, *tests, "-k", SANITIZED], environment, missing)
-
-    def _has(self, module: str) -> bool:
-        return find_spec(module) is not None or (self.wheels / module).is_dir()
 
 
 def describe(check: Check, commit: str | None) -> dict[str, Any]:
-    """Device, driver, versions, commit, and which backend each operator runs."""
+    """Device, driver, versions and commit; what is known before anything has run."""
     import torch
 
     found: dict[str, str | None] = {}
-    brought = {
-        d.metadata["Name"].lower(): d.version for d in metadata.distributions(path=[str(check.wheels)])
-    }
     for package in PACKAGES:
         try:
-            found[package] = brought.get(package) or metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
-    nvcc = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc")
+    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,compute_mode"
+    return {
+        "commit": commit or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or None,
+        "device": "none: a rehearsal on the CPU" if check.rehearsed else torch.cuda.get_device_name(),
+        "driver": _output(["nvidia-smi", query, "--format=csv,noheader"]),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": found,
+        "arguments": sys.argv[1:],
+    }
+
+
+def describe_loaded(check: Check) -> dict[str, Any]:
+    """What the wheels brought, and which backend each operator runs."""
+    brought = {d.metadata["Name"]: d.version for d in metadata.distributions(path=[str(check.wheels)])}
     report = (
         "import json; from shifcon_fast import ops; print(json.dumps({f'{r.operator} on {r.device}': "
         "{'chosen': r.chosen, 'others': r.reasons} for r in ops.backend_report()}))"
     )
     backends = _output([sys.executable, "-c", report], check.environment).splitlines()
-    return {
-        "commit": commit or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or None,
-        "device": torch.cuda.get_device_name(),
-        "driver": _output(["nvidia-smi", query, "--format=csv,noheader"]),
-        "cuda": torch.version.cuda,
-        "nvcc": _output([nvcc, "--version"]).splitlines()[-1:],
-        "python": platform.python_version(),
-        "packages": found,
-        "backends": json.loads(backends[-1]) if backends else None,
-    }
+    return {"wheels": brought, "backends": json.loads(backends[-1]) if backends else None}
 
 
 def _output(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
     """What a command prints; nothing where it is missing or fails."""
     try:
         done = subprocess.run(
-            command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=True
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
         )
-    except (OSError, subprocess.CalledProcessError):
+    except FileNotFoundError:
+        return ""
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"{command[0]}: {error}\n{getattr(error, 'stderr', None) or ''}"[-2000:], file=sys.stderr)
         return ""
     return done.stdout.strip()
 
 
-def selected(only: str | None) -> set[str]:
-    """The parts that ``--only`` names, or all.
+def chosen_plan(options: argparse.Namespace) -> Plan:
+    """The phases that will run.
 
     Raises:
-        SystemExit: an unknown one; the known ones are listed.
+        SystemExit: an unknown part; the known ones are listed. A second call without the first one's record.
     """
-    names = set(PARTS) if only is None else set(only.split(","))
-    if unknown := sorted(names - set(PARTS)):
-        raise SystemExit(f"--only: got {', '.join(unknown)}; wanted some of {', '.join(PARTS)}")
-    return names
+    for flag in ("only", "skip"):
+        names = set(filter(None, (getattr(options, flag) or "").split(",")))
+        if unknown := sorted(names - set(PARTS)):
+            raise SystemExit(f"--{flag}: got {', '.join(unknown)}; wanted some of {', '.join(PARTS)}")
+    plan = EVERYTHING if options.call is None else CALLS[options.call]
+    if options.only:
+        wanted = options.only.split(",")
+        plan = tuple((tuple(p for p in phase if p in wanted), least) for phase, least in plan)
+        listed = {part for phase, _ in plan for part in phase}
+        plan = (*plan, *(((part,), 20) for part in wanted if part not in listed))
+    skipped = (options.skip or "").split(",")
+    plan = tuple((tuple(p for p in phase if p not in skipped), least) for phase, least in plan)
+    plan = tuple((phase, least) for phase, least in plan if phase)
+    if options.after is None and any("missed" in phase for phase, _ in plan):
+        raise SystemExit("--after: got none; wanted the folder with the first call's records")
+    return plan
 
 
-def run(out: Path, parts: set[str], commit: str | None) -> int:
-    deadline = time.monotonic() + TOTAL_SECONDS
+def run(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    deadline = start + options.seconds
+    plan = chosen_plan(options)
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {}
+    outcomes: dict[str, Outcome] = {}
+
+    def write() -> None:
+        record["jobs"] = {name: vars(outcome) for name, outcome in outcomes.items()}
+        record["seconds"] = round(time.monotonic() - start, 1)
+        text = json.dumps(record, indent=2) + "\n"
+        (out / "environment.json").write_text(text, encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        check = Check(out.resolve(), scratch)
-        check.log.unlink(missing_ok=True)
-        outcomes: dict[str, Outcome] = {}
-        for job in (check.install_wheels(), check.build()):
-            outcomes |= run_together([job], deadline, check.log, scratch)
-        if not outcomes["build"].passed:
-            check.copy_sources()
-        for phase in PHASES:
-            jobs = [job for part in phase if part in parts for job in check.jobs(part)]
-            outcomes |= run_together(jobs, deadline, check.log, scratch)
-        record = describe(check, commit)
-    record["jobs"] = {name: vars(outcome) for name, outcome in outcomes.items()}
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    (out / "environment.json").write_text(text, encoding="utf-8")
-    print(text)
+        check = Check(out.resolve(), Path(folder), options)
+        for file in (check.log, check.tests, check.out / "benchmarks.jsonl"):
+            file.unlink(missing_ok=True)
+        record |= describe(check, options.commit)
+        write()
+        try:
+            left = sum(least for _, least in plan)
+            outcomes |= _load(check, max(deadline - left, time.monotonic() + LOAD_SECONDS))
+            record |= describe_loaded(check)
+            write()
+            for phase, least in plan:
+                left -= least
+                jobs = [job for part in phase for job in check.jobs(part)]
+                outcomes |= run_together(jobs, min(deadline, deadline - left), check.log, check.scratch)
+                record.setdefault("state", {})[",".join(phase)] = _state()
+                write()
+        finally:  # also where the call is cut off
+            write()
+            print(summary(check, outcomes))
     return int(any(outcome.passed is False for outcome in outcomes.values()))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _load(check: Check, deadline: float) -> dict[str, Outcome]:
+    outcomes = run_together([check.install_wheels()], deadline, check.log, check.scratch)
+    reason = check.take_sources()
+    if reason is None:
+        return outcomes
+    print(f"the libraries are compiled here: {reason}")
+    return outcomes | run_together([check.build()], deadline, check.log, check.scratch)
+
+
+def _state() -> str:
+    """Clocks, temperature and what holds the clocks back, when a phase has just ended."""
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
+    return _output(["nvidia-smi", query, "--format=csv,noheader"]) if shutil.which("nvidia-smi") else ""
+
+
+def summary(check: Check, outcomes: dict[str, Outcome]) -> str:
+    """What a reader of the last screen needs: jobs, goals, then the tests that failed."""
+    lines = ["", "== jobs"]
+    for name, outcome in outcomes.items():
+        said = {True: "passed", False: "FAILED", None: "left out"}[outcome.passed]
+        again = f", {outcome.restarts} restarts" if outcome.restarts else ""
+        lines.append(f"{name:20s} {outcome.seconds:6.1f} s  {said}{again}  {outcome.reason or ''}".rstrip())
+    rows, _ = goals.read(check.out)
+    lines += ["", f"== goals ({len(rows)} benchmarks)", goals.table(check.out)]
+    failed = [row for row in read_rows(check.tests) if row["outcome"] == "failed"]
+    lines += ["", f"== {len(failed)} failing tests"]
+    for row in failed[:40]:
+        first = (row["message"] or "").splitlines()[:1]
+        lines.append(f"{row['id']}: {''.join(first)[:160]}")
+    if len(failed) > 40:
+        lines.append(f"... and {len(failed) - 40} more in tests.jsonl")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder for everything that is written")
-    parser.add_argument("--only", help=f"parts, with commas between them: {','.join(PARTS)}")
-    parser.add_argument("--commit", help="what to record as the commit; by default git is asked")
-    options = parser.parse_args(arguments)
-    parts = selected(options.only)
+    add = parser.add_argument
+    add("out", type=Path, help="folder for everything that is written")
+    add("--call", type=int, choices=sorted(CALLS), help="the parts of the first or the second call")
+    add(
+        "--seconds",
+        type=float,
+        default=TOTAL_SECONDS,
+        help="what everything may take, %(default)s by default",
+    )
+    add("--after", type=Path, metavar="FIRST", help="the first call's OUT: what passed there is left out")
+    add("--only", metavar="PART,...", help=f"of the parts only these: {', '.join(PARTS)}")
+    add("--skip", metavar="PART,...", help="of the parts not these")
+    add("--commit", help="what to record as the commit; by default git is asked")
+    add("--keyword", metavar="EXPR", help="of the tests only those that pytest's -k EXPR chooses")
+    add("--workers", type=int, help="processes for the contract and the models; 6 and 3 by default")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="for every job; may be repeated")
+    add("--no-wheel", action="append", default=[], metavar="NAME", help="a wheel to leave; may be repeated")
+    add("--build", action="store_true", help="compile the libraries there, whatever wheels/ has")
+    add(
+        "--no-kernel-filter", action="store_true", help="compute-sanitizer checks every kernel, PyTorch's too"
+    )
+    add("--size", default="llama-3-8b", choices=("llama-3-8b", "1b"), help="the model of the training step")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    chosen_plan(options)
     try:
         import torch
 
-        found = torch.cuda.is_available()
+        found = torch.cuda.is_available() or os.environ.get("SHIFCON_REHEARSE") == "1"
     except ImportError:
         found = False
     if not found:
@@ -369,7 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run(options.out, parts, options.commit)
+    # A call that is ended from outside still sums up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return run(options)
 
 
 if __name__ == "__main__":

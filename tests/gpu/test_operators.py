@@ -40,6 +40,12 @@ def contrast(a: Tensor, b: Tensor) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss, [a, b])]
 
 
+def loss(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Few enough rows for one tile a problem, as in training."""
+    value = ops.info_nce(a, b, 20.0).sum()
+    return [value, *torch.autograd.grad(value, [a, b])]
+
+
 def project(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor) -> list[Tensor]:
     moved = ops.subspace_project(x, mean, basis, source)
     return [moved, *torch.autograd.grad(moved.float().sin().sum(), x)]
@@ -54,8 +60,9 @@ def inputs(case: str, device: torch.device) -> list[Tensor]:
         return [leaf(4, 9, 96), leaf(4, 9, 96), leaf(96), leaf(3, 96, dtype=torch.float32), ids]
     if case == "pool":
         return [leaf(4, 9, 96), torch.rand(4, 9, device=device) > 0.3]
-    if case == "contrast":
-        return [leaf(2, 140, 64), leaf(2, 140, 64)]
+    if case in ("contrast", "loss"):
+        rows = 140 if case == "contrast" else 21
+        return [leaf(2, rows, 72), leaf(2, rows, 72)]
     mean, basis = torch.randn(3, 96, device=device), torch.linalg.qr(torch.randn(3, 96, 8, device=device))[0]
     return [leaf(4, 9, 96), mean, basis, ids]
 
@@ -64,6 +71,7 @@ CASES: dict[str, Callable[..., list[Tensor]]] = {
     "norm": norm,
     "pool": pool,
     "contrast": contrast,
+    "loss": loss,
     "project": project,
 }
 
@@ -74,6 +82,27 @@ def test_the_chosen_backends_are_the_fast_ones(case, device, only_fast):
     for result in CASES[case](*inputs(case, device)):
         assert torch.isfinite(result).all()
     assert only_fast(ops.call_counts())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_small_call(case, device, only_fast):
+    """Values and every gradient against float64 on the CPU: does this operator work here at all?
+
+    Odd sizes, so that compute-sanitizer, which runs these alone, sees rows and tiles that are not full.
+    """
+    held = inputs(case, device)
+    wide = [
+        each.detach().cpu().double().requires_grad_(each.requires_grad)
+        if each.is_floating_point()
+        else each.cpu()
+        for each in held
+    ]
+    ops.reset_call_counts()
+    found = CASES[case](*held)
+    assert only_fast(ops.call_counts())
+    for got, wanted in zip(found, CASES[case](*wide), strict=True):
+        error = (got.detach().cpu().double() - wanted).norm() / wanted.norm()
+        assert error < 2e-2, f"{case} is off by {error:.1e}"
 
 
 def registered_calls(name: str, device: torch.device) -> tuple[Any, ...]:
