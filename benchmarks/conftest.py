@@ -108,6 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = Rows(config.getoption("--rows"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k, which may leave out more
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of all benchmarks those that were asked for, in the order in which they were."""
     wanted: list[str] | None = None

@@ -269,7 +269,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--only", metavar="PART,...", help=f"of the parts only these: {', '.join(PARTS)}")
     add("--skip", metavar="PART,...", help="of the parts not these")
     add("--commit", help="what to record as the commit; by default git is asked")
-    add("--keyword", metavar="EXPR", help="of the tests only those that pytest's -k EXPR chooses")
+    add("--keyword", metavar="EXPR", help="of tests and benchmarks only pytest's -k EXPR")
     add("--workers", type=int, help="processes for the contract and the models; 6 and 3 by default")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="for every job; may be repeated")
     add("--no-wheel", action="append", default=[], metavar="NAME", help="a wheel to leave; may be repeated")
@@ -278,7 +278,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--no-kernel-filter", action="store_true", help="compute-sanitizer checks every kernel, PyTorch's too"
     )
     add("--size", default="llama-3-8b", choices=("llama-3-8b", "1b"), help="the model of the training step")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.after is not None:
+        if not (options.after / "environment.json").exists():
+            parser.error(
+                f"--after: there is no environment.json in {options.after}; wanted the first call's OUT"
+            )
+        options.after = options.after.resolve()  # jobs run elsewhere
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -219,7 +219,7 @@ class Check:
         record, before = self._recorded(name)
         smoke = ["--smoke"] if self.rehearsed else []
         command = [*self._run_pytest(), *record, *files, *rows, *arguments, *smoke]
-        if self.options.keyword and name == "benchmarks":
+        if self.options.keyword:
             command += ["-k", self.options.keyword]
         return Job(name, [*command, "--benchmark-quiet"], self.timed, before=before)
 

@@ -61,6 +61,9 @@ def test_a_second_call_wants_the_first_ones_record(tmp_path: Path) -> None:
     result = call(str(tmp_path / "out"), "--call", "2")
     assert result.returncode != 0
     assert "--after: got none; wanted the folder with the first call's records" in result.stderr
+    result = call(str(tmp_path / "out"), "--call", "2", "--after", str(tmp_path))
+    assert result.returncode != 0
+    assert "--after: there is no environment.json in" in result.stderr
 
 
 def test_jobs_run_side_by_side(gpu_check: ModuleType, tmp_path: Path) -> None:
@@ -163,6 +166,11 @@ def test_the_least_of_every_phase_fits_into_the_call(gpu_check: ModuleType, call
 
 
 def made(gpu_check: ModuleType, folder: Path, *arguments: str) -> Any:
+    """A run's jobs; ``--after`` is a folder that has a record."""
+    if "--after" in arguments:
+        (Path(arguments[arguments.index("--after") + 1]) / "environment.json").write_text(
+            "{}", encoding="utf-8"
+        )
     return gpu_check.Check(folder, folder, gpu_check.parse([str(folder), *arguments]))
 
 
