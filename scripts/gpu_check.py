@@ -246,7 +246,7 @@ def summary(check: Check, outcomes: dict[str, Outcome]) -> str:
     lines += ["", f"== {len(failed)} failing tests"]
     for row in failed[:40]:
         first = (row["message"] or "").splitlines()[:1]
-        lines.append(f"{row['id']}: {''.join(first)[:160]}")
+        lines.append(f"{row['id']}: {''.join(first)[:100]}")
     if len(failed) > 40:
         lines.append(f"... and {len(failed) - 40} more in tests.jsonl")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ BENCHMARKS = ROOT / "benchmarks"
 STUB = ROOT / "tests" / "scripts" / "stub"
 GROUPS = ("norm", "info_nce", "projection", "host", "info_nce_65536")
 UNWANTED = (".venv", ".git", "wheels", "build", "dist", "__pycache__", ".*_cache", "*.egg-info", "*.so")
+CUDA_PROGRAMS = str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
 # Small shapes of every kernel; the names are those of the contract's and of tests/gpu's tests.
 SANITIZED = (
     "(test_values_and_gradients and 7-) or (test_values_and_gradient and shape1) or index_per_row or small_values"
@@ -55,8 +56,8 @@ class Check:
             "PYTHONPATH": os.pathsep.join(filter(None, folders)),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(self.scratch / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
+            "TRITON_CACHE_DIR": str(self.scratch / "cache-of-triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "cache-of-inductor"),
             # Several processes compile at a time, and each would start a pool as large as the machine.
             "TORCHINDUCTOR_COMPILE_THREADS": "2",
             "OMP_NUM_THREADS": "2",
@@ -232,7 +233,16 @@ class Check:
         return Job(name, [*command, *chosen, *tiny], self.environment, missing)
 
     def _sanitizer(self, tool: str, keyword: str, tests: Sequence[str], suffix: str = "") -> Job:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA_PROGRAMS)
+        command = [
+            program or "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--print-limit",
+            "20",
+        ]
         command += ["--target-processes", "application-only"]
         for name in () if self.options.no_kernel_filter else kernel_names():
             command += ["--kernel-name", f"kns={name}"]
@@ -240,7 +250,7 @@ class Check:
         run = [*self._run_pytest(), *record, *tests, "-k", keyword]
         # PyTorch's own allocator would hide an access past a tensor's end.
         environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not installed"
+        missing = None if program else "compute-sanitizer is not installed"
         return Job(tool + suffix, [*command, *run], environment, missing, before)
 
     def _has(self, module: str) -> bool:
