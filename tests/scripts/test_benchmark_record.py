@@ -119,6 +119,7 @@ def rows(file: Path) -> dict[str, dict[str, object]]:
     return {row["name"].partition("::")[2]: row for row in lines}
 
 
+@pytest.mark.slow("runs a suite of benchmarks twice, on a stub of a device")
 def test_a_failed_capture_ends_the_process_and_the_next_one_goes_on(tmp_path: Path) -> None:
     """The figures before it are on disk; it is timed between events; nothing is timed twice."""
     arguments = ("--smoke", "--rows", "rows.jsonl")

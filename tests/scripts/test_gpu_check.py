@@ -190,6 +190,7 @@ def collected(gpu_check: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return choose
 
 
+@pytest.mark.slow("collects the tests for a GPU")
 def test_every_kernel_is_sanitized(collected: Callable[[str], list[str]]) -> None:
     """The selection is by the names of tests, and a renamed one would drop out of it in silence."""
     import gpu_parts
@@ -206,6 +207,7 @@ def test_every_kernel_is_sanitized(collected: Callable[[str], list[str]]) -> Non
     assert "forward" not in kernels  # a launcher
 
 
+@pytest.mark.slow("collects the tests for a GPU")
 def test_captures_run_one_in_a_process(
     gpu_check: ModuleType, collected: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
@@ -225,6 +227,7 @@ def test_captures_run_one_in_a_process(
         assert not set(by_job) & set(collected(job.command[job.command.index("-k") + 1]))
 
 
+@pytest.mark.slow("collects the tests for a GPU")
 def test_large_tests_are_chosen_by_their_names(collected: Callable[[str], list[str]]) -> None:
     """Run beside others of their kind, they would want more memory than there is."""
     import gpu_parts

@@ -82,6 +82,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow("runs both calls of gpu_check on a stub of a device, in small")
 def test_both_calls(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     record = rehearse(
