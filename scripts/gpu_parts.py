@@ -45,8 +45,8 @@ class Check:
         self.rehearsed = os.environ.get("SHIFCON_REHEARSE") == "1"
         (scratch / "pytest.ini").write_text(
             "[pytest]\naddopts = --import-mode=importlib -q --tb=short -p no:cacheprovider\n"
-            "markers =\n    gpu: needs a CUDA device\n    small: few and quick\n    slow(reason): for make test-all\n"
-            "xfail_strict = true\n",
+            "xfail_strict = true\n"
+            "markers =\n    gpu: needs a CUDA device\n    small: few and quick\n    slow(reason): takes long\n",
             encoding="utf-8",
         )
 
