@@ -12,6 +12,7 @@ from shifcon_fast.version import __version__
 
 if TYPE_CHECKING:
     from shifcon_fast import ops as ops
+    from shifcon_fast.evaluation.sweep import sweep_area as sweep_area
     from shifcon_fast.modeling.attach import attach as attach
     from shifcon_fast.modeling.estimate import estimate_space as estimate_space
     from shifcon_fast.objective.mcl import mcl_loss as mcl_loss
@@ -32,6 +33,7 @@ _HOME = {
     "load_quantized": "shifcon_fast.training.quantization",
     "mcl_loss": "shifcon_fast.objective.mcl",
     "recommend_area": "shifcon_fast.space.area",
+    "sweep_area": "shifcon_fast.evaluation.sweep",
 }
 
 __all__ = ["__version__", "ops", *sorted(_HOME)]  # noqa: PLE0604 - the names are strings

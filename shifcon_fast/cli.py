@@ -71,8 +71,9 @@ app = typer.Typer(
     help=(
         "ShifCon for any Hugging Face decoder: help a language model's weak languages by shifting their hidden "
         "states into the subspace of its dominant language and fine-tuning with a contrastive loss (4-bit QLoRA)."
-        "\n\nThe way: `shifcon doctor`, then `profile` (language space and layer area), `train`, `evaluate` "
-        "(with `--against` the model you had before), `report`. `shifcon demo` runs all of it on a generated world."
+        "\n\nThe way: `shifcon doctor`, then `profile` (language space, proposed layer area), `sweep` (what the "
+        "shift does, by area), `train`, `evaluate` (with `--against` the model you had before), `report`. "
+        "`shifcon demo` runs all of it on a generated world."
     ),
 )
 
@@ -118,6 +119,25 @@ def _split(codes: str | None) -> list[str] | None:
 def _with_new_lines(text: str) -> str:
     """``\\n`` as it can be typed in a shell."""
     return text.replace("\\n", "\n")
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag}: got {text!r}; wanted numbers, such as 0.5,1") from None
+
+
+def _areas(text: str | None) -> list[tuple[int, int]] | None:
+    """``4:12,8:20`` as pairs."""
+    if text is None:
+        return None
+    try:
+        return [
+            (int(forward), int(backward)) for forward, backward in (a.split(":") for a in text.split(","))
+        ]
+    except ValueError:
+        raise ValueError(f"--areas: got {text!r}; wanted pairs forward:backward, such as 4:12,8:20") from None
 
 
 @app.command()
@@ -191,6 +211,88 @@ def profile(
         trust_remote_code=trust_remote_code,
     )
     typer.echo(result)
+
+
+@app.command()
+def sweep(
+    model: Model,
+    space: Annotated[Path, typer.Option("--space", help="Folder of `shifcon profile` on this model.")],
+    parallel: Parallel,
+    questions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--questions",
+            help='Questions with choices, or open ones (slow): {"answer": 18, "en": "...", "sw": "..."} a line.',
+        ),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", help="Folder to write to. Default: that of the space, where train looks."),
+    ] = None,
+    areas: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--areas", help="Areas to try, such as 4:12,8:20. Default: a grid of about 20."),
+    ] = None,
+    grid: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Boundaries between the areas' ends. Default: a sixth of the blocks."),
+    ] = None,
+    min_width: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Least boundaries of an area. Default: a sixth of the blocks."),
+    ] = None,
+    alpha: Annotated[
+        str, typer.Option("--alpha", help="Length of the shift, or several, such as 0.5,1.")
+    ] = "1",
+    sentences: Annotated[int, typer.Option(min=2, help="Sentences of each language.")] = 32,
+    max_questions: Annotated[int, typer.Option(min=1, help="Questions of each language.")] = 60,
+    max_perplexity_rise: Annotated[
+        float,
+        typer.Option(min=0.0, help="Share by which a recommended area may raise a language's perplexity."),
+    ] = 0.1,
+    languages: Languages = None,
+    quantization: Quantization = "nf4",
+    batch_size: BatchSize = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to an open question.")] = 64,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over where a sweep is there.")
+    ] = False,
+    allow_missing: AllowMissing = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Try layer areas with the shift on and no training, and decide on one, or on none.
+
+    For every area: perplexity of each language's own text, retrieval inside the area, and right answers where
+    questions are given. Saved after each area; the same command goes on where it stopped. `train --space` goes
+    by what it finds.
+
+        shifcon sweep --model org/model --space space/ --parallel sentences.jsonl --questions dev.jsonl
+    """
+    from shifcon_fast import workflow
+
+    typer.echo(
+        workflow.sweep(
+            model,
+            space,
+            parallel,
+            questions=questions,
+            output=output,
+            areas=_areas(areas),
+            grid=grid,
+            min_width=min_width,
+            alpha=_numbers("--alpha", alpha),
+            sentences=sentences,
+            max_questions=max_questions,
+            max_perplexity_rise=max_perplexity_rise,
+            languages=_split(languages),
+            quantization=quantization,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            overwrite=overwrite,
+            allow_missing=allow_missing,
+            trust_remote_code=trust_remote_code,
+        )
+    )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

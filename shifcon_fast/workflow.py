@@ -21,17 +21,23 @@ from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
+from shifcon_fast.evaluation.sweep import sweep_area
+from shifcon_fast.evaluation.sweep_plot import sweep_plot
+from shifcon_fast.evaluation.sweep_section import sweep_table
 from shifcon_fast.modeling.estimate import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.area import Area, dose_warning, recommend_area
+from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP_FILE
+from shifcon_fast.space.area_sweep import AreaSweep, vectors_sha256
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import remove, replacing, retract, write_json
+from shifcon_fast.storage import remove, replacing, retract, write_file, write_json
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.run_folder import ADAPTER, FILES, load, read_card
+from shifcon_fast.training.setup import choose_area
 from shifcon_fast.training.trainer import ShifConTrainer
 
 AREA_FILE, DISTANCE_PLOT = "area.json", "distance.svg"
@@ -114,21 +120,43 @@ def profile(
         variance=variance,
         max_length=max_length,
     )
+    left_over = _sweep_beside(space, output)
     area = recommend_area(space)
     plot = distance_plot(
         range(space.num_boundaries),
         area.distances,
         area.floor,
-        area=(area.forward, area.backward),
+        area=area.span,
         split_distances=area.split_distances,
     )
     with replacing(output, space_files.CARD, (space_files.TENSORS, AREA_FILE, DISTANCE_PLOT)) as staging:
         space.save(staging)
         write_json(staging / AREA_FILE, asdict(area))
         (staging / DISTANCE_PLOT).write_bytes(plot)
-    warning = dose_warning(space, area.forward, area.backward)
-    lines = [_space_table(space, area), "", area.reason, *([f"warning: {warning}"] if warning else [])]
+    warning = dose_warning(space, *area.span) if area.span else None
+    lines = [
+        _space_table(space, area),
+        "",
+        area.reason,
+        *([f"warning: {warning}"] if warning else []),
+        *left_over,
+    ]
     return "\n".join([*lines, "", f"written to {output}"])
+
+
+def _sweep_beside(space: LanguageSpace, folder: Path) -> list[str]:
+    """Take over the sweep that lies in a space's folder if it is of these vectors; else what to say of it."""
+    if not (folder / SWEEP_FILE).is_file():
+        return []
+    advice = "sweep again with --overwrite, or delete it"
+    try:
+        found = AreaSweep.load(folder)
+    except ValueError as error:
+        return [f"{error}: {advice}"]
+    if found.identity.get("vectors_sha256") != vectors_sha256(space):
+        return [f"{folder / SWEEP_FILE} is of an earlier language space: {advice}"]
+    space.sweep = found
+    return []
 
 
 def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
@@ -146,12 +174,56 @@ def _space_table(space: LanguageSpace, area: Area) -> str:
     lines = ["boundary  distance  noise floor  excess  dose   sink share"]
     for k in range(space.num_boundaries):
         dose = sum(space.dose(k, language) for language in others) / len(others)
-        mark = " <" if area.forward <= k < area.backward else ""
+        mark = " <" if area.span is not None and area.span[0] <= k < area.span[1] else ""
         lines.append(
             f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {area.excess[k]:6.0%}  {dose:5.2f}  "
             f"{float(space.sink_share[k].mean()):10.3f}{mark}"
         )
     return "\n".join(lines)
+
+
+def sweep(
+    model: str,
+    space: Path,
+    parallel: str,
+    *,
+    questions: str | None = None,
+    output: Path | None = None,
+    quantization: str = "nf4",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> str:
+    """Try layer areas on a model; write ``sweep.json``, its heat maps and the area that it decides on.
+
+    Args:
+        output: None writes beside the language space, where ``train`` finds the sweep.
+        options: of :func:`~shifcon_fast.evaluation.sweep.sweep_area`.
+    """
+    output = output if output is not None else space
+    loaded_space = LanguageSpace.load(space)
+    if _is_run(model):
+        raise ValueError(
+            f"model: {model} is a run, trained for its own area; wanted the model before training"
+        )
+    loaded, tokenizer = open_model(model, quantization=quantization, trust_remote_code=trust_remote_code)
+    found = sweep_area(loaded, tokenizer, loaded_space, parallel, questions, output=output, **options)
+    areas = [recommend_area(loaded_space, alpha=alpha) for alpha in found.alphas]
+    write_json(output / AREA_FILE, asdict(areas[0]))
+    for alpha, area in zip(found.alphas, areas, strict=True):
+        name = "sweep.svg" if len(areas) == 1 else f"sweep-alpha-{alpha:g}.svg"
+        write_file(output / name, sweep_plot(found, alpha=alpha, chosen=area.span))
+    return "\n".join(
+        [
+            sweep_table(found),
+            "",
+            *(area.reason for area in areas),
+            "",
+            f"{len(found.areas)} areas, measured in {found.seconds / 60:.1f} minutes; written to {output}",
+            f"next: shifcon train --model {model} --space {output} ...{'' if areas[0].span else ' --no-shift'}"
+            if output == space
+            else f"`train --space {space}` does not see it: copy {SWEEP_FILE} there",
+        ]
+    )
 
 
 def train(run: RunConfig, arguments: ShifConArguments) -> str:
@@ -169,6 +241,9 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
             f"instructions: {run.instructions} has {', '.join(map(repr, unknown))}, which the language space does "
             f"not know ({', '.join(known)}); profile with these languages or leave the rows out"
         )
+
+    if space is not None and space.sweep is not None:
+        choose_area(arguments, space)  # a sweep that speaks against the shift stops the run here
 
     tokenizer = _tokenizer(run.model, run.trust_remote_code)
     targets = run.lora_target_modules

@@ -119,7 +119,7 @@ def evaluate(
         modes["shifted"] = handle
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     retrieval, perplexity = {}, {}
-    with _eval_mode(model):
+    with eval_mode(model):
         for mode, attached in modes.items() if text else ():
             log.info("retrieval and perplexity, %s", mode)
             retrieval[mode] = measure_retrieval(
@@ -173,12 +173,13 @@ def evaluate(
             "stop_strings": list(stop_strings),
             "decoding": "greedy",
         },
-        versions={"python": platform.python_version(), **_versions()},
+        versions=package_versions(),
     )
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:
@@ -193,8 +194,9 @@ def _source(source: object) -> str | None:
     return None if source is None else str(source) if isinstance(source, (str, Path)) else "given in memory"
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -22,7 +22,10 @@ from shifcon_fast.evaluation.sections import (
     settings_section,
     training_section,
 )
+from shifcon_fast.evaluation.sweep_section import sweep_section
 from shifcon_fast.space.area import Area, recommend_area
+from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP
+from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, write_file
 
@@ -70,6 +73,7 @@ def report_folder(folder: str | Path, output: str | Path | None = None) -> Path:
     sections = [
         _summary(held),
         _area(held),
+        _sweep(held),
         _training(held),
         *_measured(held),
         settings_section(_settings(held)),
@@ -114,6 +118,7 @@ class _Held:
     result: EvaluationResult | None
     other: EvaluationResult | None
     against: PairedComparison | None
+    sweep: AreaSweep | None
 
 
 def _read(folder: Path) -> _Held:
@@ -129,12 +134,13 @@ def _read(folder: Path) -> _Held:
     other_file = folder / "against" / FILE_NAME
     other = EvaluationResult.load(other_file) if other_file.is_file() else None
     against = PairedComparison.load(folder / _COMPARISON) if (folder / _COMPARISON).is_file() else None
-    if space is None and not log and result is None:
+    sweep = AreaSweep.load(folder) if (folder / SWEEP).is_file() else None
+    if space is None and not log and result is None and sweep is None:
         raise ValueError(
-            f"{folder}: holds none of {_SPACE}, {_LOG} and {FILE_NAME}; wanted the folder of a run, an "
-            "evaluation or a profile"
+            f"{folder}: holds none of {_SPACE}, {_LOG}, {FILE_NAME} and {SWEEP}; wanted the folder of a run, an "
+            "evaluation, a profile or a sweep"
         )
-    return _Held(space, area, card, log, result, other, against)
+    return _Held(space, area, card, log, result, other, against, sweep)
 
 
 def _summary(held: _Held) -> Section:
@@ -147,9 +153,16 @@ def _area(held: _Held) -> Section:
     space = held.space
     if space is None or not space.bases:
         return Section("Layer area")
-    area = held.area or recommend_area(space)
+    if held.sweep is not None and held.sweep.areas:
+        area = recommend_area(space, sweep=held.sweep, alpha=held.sweep.alphas[0])
+    else:
+        area = held.area or recommend_area(space)
     trained = held.card.get("area")
     return area_section(space, area, chosen=(trained["forward"], trained["backward"]) if trained else None)
+
+
+def _sweep(held: _Held) -> Section:
+    return sweep_section(held.sweep) if held.sweep is not None and held.sweep.areas else Section("Sweep")
 
 
 def _training(held: _Held) -> Section:

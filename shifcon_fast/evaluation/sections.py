@@ -61,11 +61,10 @@ def area_section(space: LanguageSpace, area: Area, *, chosen: tuple[int, int] | 
 
     Args:
         space: has subspaces.
-        area: what its distances recommend.
+        area: what is recommended.
         chosen: the area (forward, backward) that was used instead.
     """
-    forward, backward = chosen or (area.forward, area.backward)
-    recommended = (forward, backward) == (area.forward, area.backward)
+    shifted = chosen or area.span
     estimated, boundaries = set(space.boundaries), list(range(space.num_boundaries))
     by_language = {
         code: [space.distance(k, code, space.pivot) if k in estimated else float("nan") for k in boundaries]
@@ -77,21 +76,23 @@ def area_section(space: LanguageSpace, area: Area, *, chosen: tuple[int, int] | 
         boundaries,
         area.distances,
         area.floor,
-        area=(forward, backward),
+        area=shifted,
         split_distances=area.split_distances,
         by_language=by_language if len(by_language) > 1 else None,
-        alt=f"Subspace distance to {space.pivot} by boundary, with its noise floor; boundaries {forward} to "
-        f"{backward - 1} are shaded.",
+        alt=f"Subspace distance to {space.pivot} by boundary, with its noise floor"
+        + (f"; boundaries {shifted[0]} to {shifted[1] - 1} are shaded." if shifted else "."),
         caption="The noise floor is the distance between two halves of one language's sentences: how far apart "
         "samples of the same thing lie. A distance from as many sentences that is close to it says nothing.",
     )
     text = (
-        f"Hidden states of other languages are moved to {space.pivot} at boundary {forward} and back at "
-        f"boundary {backward}."
+        f"Hidden states of other languages are moved to {space.pivot} at boundary {shifted[0]} and back at "
+        f"boundary {shifted[1]}."
+        if shifted
+        else "No area is recommended."
     )
     reason = area.reason
-    if not recommended:
-        reason = f"What the distances recommend is [{area.forward}, {area.backward}). {reason}"
+    if shifted != area.span and area.span is not None:
+        reason = f"What is recommended is [{area.span[0]}, {area.span[1]}). {reason}"
     return Section("Layer area", [Text([text, reason]), picture])
 
 

@@ -1,10 +1,13 @@
-"""The layer area [forward, backward): where the languages' subspaces lie closest to the pivot's, above noise."""
+"""The layer area [forward, backward): proposed by the subspace distance, decided by a sweep where there is one."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+from shifcon_fast.space.area_decision import decide
+from shifcon_fast.space.area_sweep import AreaSweep, check_belongs
 from shifcon_fast.space.language_space import LanguageSpace
 
 
@@ -13,8 +16,9 @@ class Area:
     """A recommended layer area, with what it was chosen from.
 
     Attributes:
-        forward: the boundary where hidden states shift toward the pivot; ≥ 1.
-        backward: the boundary where they shift back; forward < backward ≤ L − 1.
+        forward: the boundary where hidden states shift toward the pivot; ≥ 1. None if a sweep found that no area
+            helps.
+        backward: the boundary where they shift back; forward < backward ≤ L − 1. None with ``forward``.
         distances: D to the pivot at each boundary, averaged over the other languages; NaN where not estimated.
         floor: noise floor at each boundary, averaged over the other languages, from halves of the sentences.
         split_distances: D to the pivot between such halves: what is comparable with ``floor``.
@@ -23,8 +27,8 @@ class Area:
         reason: one sentence with the figures.
     """
 
-    forward: int
-    backward: int
+    forward: int | None
+    backward: int | None
     distances: list[float]
     floor: list[float]
     split_distances: list[float]
@@ -33,13 +37,20 @@ class Area:
 
     def __post_init__(self) -> None:
         count = len(self.distances)
-        if not 0 <= self.forward < self.backward <= count:
+        if (self.forward is None) != (self.backward is None):
+            raise ValueError(f"forward, backward: got {self.forward}, {self.backward}; wanted two or none")
+        if self.span is not None and not 0 <= self.span[0] < self.span[1] <= count:
             raise ValueError(f"forward, backward: got {self.forward}, {self.backward} of {count} boundaries")
         if not len(self.floor) == len(self.split_distances) == count:
             raise ValueError(f"floor, split_distances: wanted one for each of {count} boundaries")
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """(forward, backward), or None where no area helps."""
+        return None if self.forward is None or self.backward is None else (self.forward, self.backward)
 
-def recommend_area(
+
+def propose_area(
     space: LanguageSpace,
     *,
     tolerance: float = 0.1,
@@ -135,8 +146,8 @@ def dose_warning(space: LanguageSpace, forward: int, backward: int, alpha: float
     affected = list(dict.fromkeys(each[1] for each in high))
     return (
         f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {alpha:g}; {language} at "
-        f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower alpha, "
-        "or take another area."
+        f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower "
+        "alpha, or take another area."
     )
 
 
@@ -145,7 +156,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _explain(area: Area, best: int, tolerance: float, others: list[str]) -> str:
-    first, end = area.forward, area.backward
+    assert area.span is not None
+    first, end = area.span
     measured_by_excess = math.isfinite(area.excess[best])
     measure = area.excess if measured_by_excess else area.distances
     name = "excess distance" if measured_by_excess else "distance"
@@ -171,3 +183,55 @@ def _explain(area: Area, best: int, tolerance: float, others: list[str]) -> str:
             ", so the distance cannot be told from noise: take more sentences before trusting the choice"
         )
     return sentence + ". What a shift does there, `shifcon sweep` measures."
+
+
+def recommend_area(
+    space: LanguageSpace,
+    *,
+    sweep: AreaSweep | None = None,
+    alpha: float = 1.0,
+    max_perplexity_rise: float | None = None,
+    tolerance: float = 0.1,
+    min_width: int | None = None,
+    max_width: int | None = None,
+) -> Area:
+    """The layer area to shift in: what a sweep decides, or what :func:`propose_area` proposes where there is none.
+
+    The proposal knows the geometry only; a sweep has seen what the shift does to the model's text and answers
+    (:func:`~shifcon_fast.space.area_decision.decide` says how it decides). If no area passes, ``forward`` and
+    ``backward`` are None and ``reason`` says why.
+
+    Args:
+        sweep: what :func:`shifcon_fast.sweep_area` returned for this space; None takes ``space.sweep``, which
+            ``sweep_area`` sets and ``LanguageSpace.load`` reads.
+        alpha: length of the shift; the sweep must have measured it.
+        max_perplexity_rise: the largest share by which an area may raise any language's perplexity; None takes the
+            sweep's.
+        tolerance: see :func:`propose_area`.
+        min_width, max_width: only areas of so many boundaries. Without ``min_width`` a proposal has at least a
+            sixth of the blocks, and of a sweep every area counts.
+
+    Raises:
+        ValueError: the sweep is of other language vectors or has not measured ``alpha``; for a proposal, as
+            :func:`propose_area`.
+    """
+    sweep = sweep if sweep is not None else space.sweep
+    proposal: dict[str, Any] = {"tolerance": tolerance, "min_width": min_width, "max_width": max_width}
+    if sweep is None:
+        return propose_area(space, **proposal)
+    check_belongs(sweep, space)
+    rise = sweep.max_perplexity_rise if max_perplexity_rise is None else max_perplexity_rise
+    chosen, reason = decide(
+        sweep, alpha=alpha, max_perplexity_rise=rise, min_width=min_width or 1, max_width=max_width
+    )
+    if space.bases:
+        measured = propose_area(space, **proposal)
+    else:  # a sweep needs no subspaces
+        unknown = [math.nan] * space.num_boundaries
+        measured = Area(None, None, unknown, unknown, unknown, unknown, reason)
+    return replace(
+        measured,
+        forward=chosen.forward if chosen is not None else None,
+        backward=chosen.backward if chosen is not None else None,
+        reason=reason,
+    )

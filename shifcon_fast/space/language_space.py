@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from shifcon_fast.data.languages import find_language, nearest
-from shifcon_fast.space import files
+from shifcon_fast.space import area_sweep, files
+from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.subspace import Subspace, subspace_distance
 
 
@@ -37,6 +38,7 @@ class LanguageSpace:
         floors: (L, K) float32, distance between two halves of the same language.
         split_distances: (L, K) float32, distance of a language to the pivot between such halves.
         card: JSON-able: "model" (its fingerprint), "tokenizer", "versions", "recipe", "rank", "variance".
+        sweep: what the shift does at candidate areas, where that was measured; ``recommend_area`` goes by it.
     """
 
     languages: tuple[str, ...]
@@ -52,6 +54,7 @@ class LanguageSpace:
     floors: Tensor | None = None
     split_distances: Tensor | None = None
     card: dict[str, Any] = field(default_factory=dict, repr=False)
+    sweep: AreaSweep | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.languages = tuple(self.languages)
@@ -198,7 +201,8 @@ class LanguageSpace:
         """
         if mean.shape != self.mean.shape:
             raise ValueError(f"mean: got shape {tuple(mean.shape)}; wanted {tuple(self.mean.shape)}")
-        return replace(self, mean=mean.detach().to(device="cpu", dtype=torch.float32, copy=True))
+        mean = mean.detach().to(device="cpu", dtype=torch.float32, copy=True)
+        return replace(self, mean=mean, sweep=None)  # a sweep is of the vectors that it was made with
 
     def save(self, folder: str | Path) -> None:
         """Write ``language_space.safetensors`` and ``language_space.json`` into a folder, both or neither."""
@@ -225,7 +229,7 @@ class LanguageSpace:
 
     @classmethod
     def load(cls, folder: str | Path) -> LanguageSpace:
-        """Read a folder that ``save`` wrote.
+        """Read a folder that ``save`` wrote, with the sweep that lies beside it, if one does.
 
         Raises:
             ValueError: not a language space, a format of a newer version, missing or misshapen tensors, or a file
@@ -234,9 +238,12 @@ class LanguageSpace:
         folder = Path(folder)
         tensors, card = files.read(folder)
         try:
-            return cls._from_parts(tensors, card)
+            space = cls._from_parts(tensors, card)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / files.CARD}: the language space is damaged: {error}") from error
+        if (folder / area_sweep.FILE_NAME).is_file():
+            space.sweep = AreaSweep.load(folder)
+        return space
 
     @classmethod
     def _from_parts(cls, tensors: Mapping[str, Tensor], card: files.SpaceCard) -> LanguageSpace:
@@ -260,7 +267,7 @@ class LanguageSpace:
             sink_share=tensors["sink_share"],
             bases=bases,
             variances=variances,
-            **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},
+            **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},  # type: ignore[arg-type]
             card=dict(card["card"]),
         )
         recorded = (card["num_boundaries"], card["hidden_size"])

@@ -13,7 +13,7 @@ from shifcon_fast.data.languages import is_same_language
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.vectors import LanguageVectors
-from shifcon_fast.space.area import recommend_area
+from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, read_trainer_state
@@ -53,12 +53,31 @@ def attach_for_training(
             )
         handle.set_space(space)
         return handle
-    forward, backward = args.forward, args.backward
-    if forward is None or backward is None:
-        area_found = recommend_area(space)
-        forward, backward = area_found.forward, area_found.backward
-        logger.info("%s", area_found.reason)
+    forward, backward = choose_area(args, space)
     return attach(model, space, forward, backward, args.alpha, recipe=args.recipe)  # type: ignore[arg-type]
+
+
+def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]:
+    """The area of the arguments, else the recommended one.
+
+    Raises:
+        ValueError: a sweep found that no area helps, and the arguments want the shift.
+    """
+    if args.forward is not None and args.backward is not None:
+        return args.forward, args.backward
+    area = recommend_area(space, alpha=args.alpha)
+    logger.info("%s", area.reason)
+    if area.span is None:
+        if args.shift:
+            raise ValueError(
+                f"shift: {area.reason} That is --no-shift (shift=False); --forward and --backward (forward=, "
+                "backward=) overrule the sweep"
+            )
+        # What harms generation may still serve the contrastive loss, whose pass alone is shifted then.
+        area = propose_area(space)
+        logger.info("for the contrastive loss: %s", area.reason)
+    assert area.span is not None  # a proposal has one
+    return area.span
 
 
 def make_sampler(
