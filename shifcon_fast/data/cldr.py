@@ -2,8 +2,8 @@
 
 Official language, currency and continent of the member states of the United Nations, with the names that Unicode's
 `Common Locale Data Repository <https://cldr.unicode.org>`_ has for them in each language, through `Babel
-<https://babel.pocoo.org>`_. A question has the same territory, the same choices and the same order of choices in every
-language: only the names differ.
+<https://babel.pocoo.org>`_. A question has the same territory, the same choices and the same order of choices in
+every language: only the names differ.
 
 * **One right choice.** Territories with several official languages, or with several currencies, are not asked for
   them, nor are those on two continents for theirs. No wrong choice is a regional official language, or one that 5 %
