@@ -377,7 +377,7 @@ def evaluate(
             result.save(staging)
             other.save(staging / AGAINST)
             write_json(staging / COMPARISON, comparison.to_json())
-        lines += ["", _comparison_table(comparison)]
+        lines += ["", _comparison_table(comparison), *_asked_otherwise(result, other)]
     return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
 
 
@@ -394,6 +394,18 @@ def _earlier_result(folder: str) -> EvaluationResult | None:
     """The result that an evaluation folder holds; None for a model or a run."""
     is_evaluation = (Path(folder) / FILE_NAME).is_file() and not _is_run(folder)
     return EvaluationResult.load(folder) if is_evaluation else None
+
+
+def _asked_otherwise(result: EvaluationResult, other: EvaluationResult) -> list[str]:
+    """A line that says which settings of an earlier result differ, where they change the answers."""
+    names = [
+        name
+        for name in ("prompt_template", "few_shot", "max_new_tokens")
+        if result.outcomes and result.settings.get(name) != other.settings.get(name)
+    ]
+    return [f"note: {', '.join(names)} differ between the two; so the questions were not the same"] * bool(
+        names
+    )
 
 
 def _result_table(result: EvaluationResult) -> str:

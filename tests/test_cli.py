@@ -191,9 +191,10 @@ def test_prompts_of_an_evaluation_are_what_the_flags_say(workplace: Workplace, t
 
     done = shifcon(
         *(*command, "--prompt-template", r"Q: {question}\nA:", "--stop", r"\nQ:", "--stop", "?"),
-        *("--output", tmp_path / "text"),
+        *("--output", tmp_path / "text", "--against", tmp_path / "file"),
     )
     assert done.code == 0, done.text
+    assert "note: the two differ in prompt_template: they were not asked the same" in done.text
     settings = json.loads((tmp_path / "text" / "evaluation.json").read_text())["settings"]
     assert settings["prompt_template"] == "Q: {question}\nA:"
     assert settings["stop_strings"] == ["\nQ:", "?"]
