@@ -373,10 +373,13 @@ def evaluate(
             "what begins a new question or turn, and none where the tokenizer has a chat template."
         ),
     ] = None,
+    choice_chat_template: Annotated[
+        bool, typer.Option(help="Score the choices of a question after the chat template, as an answer.")
+    ] = False,
     allow_missing: AllowMissing = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Measure, by language: retrieval and MEXA at every boundary, perplexity, answers, and their language.
+    """Measure, by language: retrieval and MEXA at every boundary, perplexity, answers and their language, choices.
 
         shifcon evaluate --model run/ --parallel dev.jsonl --questions mgsm.jsonl \\
             --against org/model --output results/
@@ -402,6 +405,7 @@ def evaluate(
             prompt_template=_with_new_lines(prompt_template) if PLACE in prompt_template else prompt_template,
             few_shot=few_shot,
             stop_strings=None if stop is None else [_with_new_lines(text) for text in stop if text],
+            choice_chat_template=choice_chat_template,
             allow_missing=allow_missing,
             trust_remote_code=trust_remote_code,
         )

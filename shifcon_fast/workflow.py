@@ -17,6 +17,7 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
+from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
 from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
@@ -325,6 +326,7 @@ def evaluate(
     prompt_template: str = "{question}",
     few_shot: str | Path | None = None,
     stop_strings: Sequence[str] | None = None,
+    choice_chat_template: bool = False,
     allow_missing: bool = False,
     trust_remote_code: bool = False,
     pivot: str | None = None,
@@ -357,6 +359,7 @@ def evaluate(
         "prompt_template": read_prompt_template(prompt_template),
         "few_shot": read_few_shot(few_shot) if few_shot else None,
         "stop_strings": stop_strings,
+        "choice_chat_template": choice_chat_template,
     }
     other = _earlier_result(against) if against else None  # it may lie in the folder that is written to
     options: dict[str, Any] = {
@@ -411,10 +414,9 @@ def _asked_otherwise(result: EvaluationResult, other: EvaluationResult) -> list[
 def _result_table(result: EvaluationResult) -> str:
     accuracy, perplexity = result.accuracy(), result.perplexity.get(result.mode, {})
     scores = result.retrieval[result.mode].scores if result.retrieval else {}
-    lines = [
-        f"{result.model} ({result.mode})",
-        "language  correct              perplexity  MEXA (mean, best boundary)",
-    ]
+    lines = [f"{result.model} ({result.mode})"]
+    if accuracy or perplexity:
+        lines.append("language  correct              perplexity  MEXA (mean, best boundary)")
     for language in dict.fromkeys([*accuracy, *perplexity]):
         correct = (
             f"{accuracy[language].estimate:6.1%} [{accuracy[language].low:.1%}, {accuracy[language].high:.1%}]"
@@ -425,13 +427,47 @@ def _result_table(result: EvaluationResult) -> str:
         mexa = scores[language].mexa if language in scores else []
         aligned = f"{sum(mexa) / len(mexa):.2f}, {max(mexa):.2f}" if mexa else "-"
         lines.append(f"{language:8}  {correct:23}  {fluent}  {aligned}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_choice_lines(result)])
+
+
+def _choice_lines(result: EvaluationResult) -> list[str]:
+    """Right choices by language in every mode, and what the shift does to them."""
+    if not result.multiple_choice:
+        return []
+    used = result.multiple_choice[result.mode]
+    columns = {
+        f"{name} {mode}": choice_accuracy(outcomes, normalised=name == "acc_norm")
+        for mode, outcomes in result.multiple_choice.items()
+        for name in ("acc", "acc_norm")
+    }
+    effect = choice_differences(used, result.multiple_choice["unshifted"]) if result.mode == "shifted" else {}
+    header = [
+        "language",
+        *(f"{name:21}" for name in columns),
+        *(["acc, shifted - unshifted"] if effect else []),
+    ]
+    lines = ["  ".join(header)]
+    for language in choice_accuracy(used):
+        cells = [
+            f"{interval.estimate:6.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+            for interval in (found[language] for found in columns.values())
+        ]
+        if effect:
+            change = effect[language]
+            noise = "" if change.excludes_zero else "  within noise"
+            cells.append(
+                f"{100 * change.estimate:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{noise}"
+            )
+        lines.append("  ".join([f"{language:8}", *(f"{cell:21}" for cell in cells)]).rstrip())
+    return lines
 
 
 def _comparison_table(comparison: PairedComparison) -> str:
     lines = [f"{comparison.model} minus {comparison.against}, 95 % intervals of a paired bootstrap"]
     for title, unit, intervals in (
         ("correct answers", 100.0, comparison.accuracy),
+        ("right choices", 100.0, comparison.choice_accuracy),
+        ("per character", 100.0, comparison.choice_accuracy_norm),
         ("log perplexity", 1.0, comparison.log_perplexity),
     ):
         for language, interval in intervals.items():

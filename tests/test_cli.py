@@ -82,7 +82,14 @@ def workplace(
     place = Workplace(tmp_path_factory.mktemp("workplace"), tiny_checkpoint, rows, instructions)
     place.write("parallel.jsonl", rows)
     place.write("instructions.jsonl", instructions)
-    place.write("questions.jsonl", [{"answer": n, "en": f"{n} ?", "sw": f"{n} :"} for n in range(4)])
+    choices = {"en": ["Rome", "fish"], "sw": ["Roma", "samaki"]}
+    place.write(
+        "questions.jsonl",
+        [
+            *({"answer": n, "en": f"{n} ?", "sw": f"{n} :"} for n in range(4)),
+            {"answer": 0, "choices": choices, "en": "Ada lives in", "sw": "Ada anaishi"},
+        ],
+    )
     made = shifcon(
         *("profile", "--model", place.base, "--parallel", place.folder / "parallel.jsonl"),
         *("--quantization", "none", "--output", place.folder / "space"),
@@ -147,6 +154,10 @@ def test_train_evaluate_report_generate(workplace: Workplace, run: Path) -> None
     comparison = json.loads((results / "comparison.json").read_text())
     assert comparison["accuracy"].keys() == {"en", "sw"}
     assert comparison["log_perplexity"].keys() == {"en", "de", "sw", "tr"}
+    assert comparison["choice_accuracy"].keys() == comparison["choice_accuracy_norm"].keys() == {"en", "sw"}
+    assert "acc unshifted" in evaluated.text
+    assert "acc, shifted - unshifted" in evaluated.text
+    assert "right choices sw" in evaluated.text
 
     again = shifcon(  # an earlier evaluation serves as well as a model
         *("evaluate", "--model", run, "--against", results, "--output", workplace.folder / "again"),

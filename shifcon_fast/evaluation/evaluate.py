@@ -18,6 +18,7 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
+from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions, default_stop_strings
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -46,15 +47,16 @@ def evaluate(
     prompt_template: Templates = PLACE,
     few_shot: FewShot | None = None,
     stop_strings: Sequence[str] | None = None,
+    choice_chat_template: bool = False,
     allow_missing: bool = False,
     memory_gib: float = 2.0,
     progress: bool = True,
 ) -> EvaluationResult:
-    """Retrieval, MEXA and perplexity on parallel text; exact match and answer language on questions.
+    """Retrieval, MEXA and perplexity on parallel text; exact match, answer language and right choices on questions.
 
-    An attached model is measured as it is used, shifted by each text's language; retrieval and perplexity
-    also without the shift, for the "before". The model is in eval mode meanwhile, and afterwards in the mode
-    it was in.
+    An attached model is measured as it is used, shifted by each text's language; retrieval, perplexity and
+    multiple choice also without the shift, for the "before". The model is in eval mode meanwhile, and afterwards
+    in the mode it was in.
 
     Args:
         model: a causal language model of a known architecture, attached or not, 4-bit or not.
@@ -67,9 +69,10 @@ def evaluate(
         matrix_boundary: where to measure retrieval between all pairs of languages; None takes the middle of
             the shifted area, or of the decoder where nothing is attached.
         prompt_template, few_shot, stop_strings: see
-        :func:`shifcon_fast.evaluation.questions.answer_questions`. allow_missing: drop rows of parallel text
-        in which a language is missing, and questions that are. memory_gib: memory for sentence representations, see
-        :func:`measure_retrieval`.
+        :func:`shifcon_fast.evaluation.questions.answer_questions`; the first two also hold for multiple choice.
+        choice_chat_template: put multiple choice through the chat template. allow_missing: drop rows of parallel
+        text in which a language is missing, and questions that are. memory_gib: memory for sentence
+        representations, see :func:`measure_retrieval`.
 
     Raises:
         ValueError: neither parallel text nor questions; data that cannot be read (``DataError``); a language
@@ -111,9 +114,11 @@ def evaluate(
         if not 0 <= boundary < count:
             raise ValueError(f"boundaries: got {boundary}; the model has 0 … {count - 1}")
 
+    free = [question for question in asked if not question.choices]
+    choice = [question for question in asked if question.choices]
     if stop_strings is None:
-        spoken = dict.fromkeys(question.language for question in asked)
-        stop_strings = default_stop_strings(tokenizer, spoken, prompt_template, few_shot) if asked else ()
+        spoken = dict.fromkeys(question.language for question in free)
+        stop_strings = default_stop_strings(tokenizer, spoken, prompt_template, few_shot) if free else ()
     modes: dict[str, ShiftHandle | None] = {"unshifted": None}
     if handle is not None:
         modes["shifted"] = handle
@@ -137,10 +142,23 @@ def evaluate(
                 code: measure_perplexity(model, tokenizer, texts, language=code, handle=attached, **common)
                 for code, texts in text.items()
             }
+        multiple_choice = {
+            mode: measure_multiple_choice(
+                model,
+                tokenizer,
+                choice,
+                handle=attached,
+                prompt_template=prompt_template,
+                few_shot=few_shot,
+                use_chat_template=choice_chat_template,
+                **common,
+            )
+            for mode, attached in (modes.items() if choice else ())
+        }
         outcomes = answer_questions(
             model,
             tokenizer,
-            asked,
+            free,
             handle=handle,
             max_new_tokens=max_new_tokens,
             prompt_template=prompt_template,
@@ -162,6 +180,7 @@ def evaluate(
         retrieval=retrieval,
         perplexity=perplexity,
         outcomes=outcomes,
+        multiple_choice=multiple_choice,
         settings={
             "parallel": _source(parallel),
             "questions": _source(questions),
@@ -171,6 +190,7 @@ def evaluate(
             "prompt_template": prompt_template if isinstance(prompt_template, str) else dict(prompt_template),
             "few_shot": {code: len(examples) for code, examples in (few_shot or {}).items()},
             "stop_strings": list(stop_strings),
+            "choice_chat_template": choice_chat_template,
             "decoding": "greedy",
         },
         versions=package_versions(),

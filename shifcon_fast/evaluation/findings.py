@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shifcon_fast.evaluation.bootstrap import Interval
+from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
 from shifcon_fast.evaluation.comparison import Comparison
 from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
 
@@ -76,6 +77,7 @@ def result_findings(result: EvaluationResult, against: PairedComparison | None =
             f"{100 * _mean_mexa(before.scores.values()):.1f} % of the sentences unshifted and "
             f"{100 * _mean_mexa(after.scores.values()):.1f} % shifted."
         )
+    found += _choice_findings(result, against)
     if against is not None and against.accuracy:
         found.append(f"Right answers, against {against.against}. {_by_language(against.accuracy)}")
         if (of_pivot := against.accuracy.get(result.pivot)) is not None:
@@ -83,6 +85,25 @@ def result_findings(result: EvaluationResult, against: PairedComparison | None =
     if against is not None and against.log_perplexity:
         better = {code: Interval(-i.estimate, -i.high, -i.low) for code, i in against.log_perplexity.items()}
         found.append(f"Perplexity, against {against.against}. {_by_language(better, amounts=False)}")
+    return found
+
+
+def _choice_findings(result: EvaluationResult, against: PairedComparison | None) -> list[str]:
+    used = result.multiple_choice.get(result.mode)
+    if not used:
+        return []
+    accuracy = choice_accuracy(used)
+    weakest = min(accuracy, key=lambda code: accuracy[code].estimate)
+    strongest = max(accuracy, key=lambda code: accuracy[code].estimate)
+    text = f"Multiple choice: best in {strongest} ({percent(accuracy[strongest])})"
+    found = [text + (f", weakest in {weakest} ({percent(accuracy[weakest])})." if len(accuracy) > 1 else ".")]
+    if result.area is not None:
+        effect = choice_differences(used, result.multiple_choice["unshifted"])
+        effect.pop(result.pivot, None)  # it is not shifted
+        if effect:
+            found.append(f"Right choices, shifted against unshifted. {_by_language(effect)}")
+    if against is not None and against.choice_accuracy:
+        found.append(f"Right choices, against {against.against}. {_by_language(against.choice_accuracy)}")
     return found
 
 

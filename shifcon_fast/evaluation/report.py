@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from shifcon_fast.evaluation.choice_section import choice_section
 from shifcon_fast.evaluation.comparison import LoggedStep
 from shifcon_fast.evaluation.findings import result_findings
 from shifcon_fast.evaluation.page import Section, Text, render_page
@@ -174,6 +175,7 @@ def _measured(held: _Held) -> list[Section]:
         return []
     return [
         accuracy_section(held.result, held.other, held.against),
+        choice_section(held.result, held.other, held.against),
         retrieval_section(held.result, held.other),
         perplexity_section(held.result, held.against),
     ]

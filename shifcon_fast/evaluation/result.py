@@ -15,6 +15,8 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from shifcon_fast.evaluation.bootstrap import Interval, paired_interval, ratio_interval, wilson_interval
+from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
+from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.questions import Outcome
 from shifcon_fast.evaluation.retrieval import Retrieval
@@ -41,8 +43,9 @@ class EvaluationResult:
     Attributes:
         area: forward, backward, alpha and recipe of the attachment; None for a model that is not attached.
         retrieval, perplexity: by mode; ``shifted`` is there only for an attached model. Empty without
-        parallel text. outcomes: one for every question; shifted where the model is attached. Empty without
-        questions. settings: what the numbers depend on besides model and data.
+        parallel text. outcomes: one for every question to be answered freely; shifted where the model is attached.
+        Empty without such questions. multiple_choice: by mode, one for every question with choices.
+        settings: what the numbers depend on besides model and data.
     """
 
     model: str
@@ -51,11 +54,17 @@ class EvaluationResult:
     retrieval: dict[str, Retrieval] = field(default_factory=dict)
     perplexity: dict[str, dict[str, Perplexity]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
+    multiple_choice: dict[str, list[ChoiceOutcome]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, modes in (("retrieval", self.retrieval), ("perplexity", self.perplexity)):
+        measured: dict[str, dict[str, Any]] = {
+            "retrieval": dict(self.retrieval),
+            "perplexity": dict(self.perplexity),
+            "multiple_choice": dict(self.multiple_choice),
+        }
+        for name, modes in measured.items():
             wanted = {"unshifted", self.mode}
             if modes and modes.keys() != wanted:
                 raise ValueError(f"{name}: got the modes {list(modes)}; wanted {sorted(wanted)}")
@@ -63,6 +72,12 @@ class EvaluationResult:
             raise ValueError("retrieval: wanted the same languages and boundaries in both modes")
         if len({tuple(languages) for languages in self.perplexity.values()}) > 1:
             raise ValueError("perplexity: wanted the same languages in both modes")
+        asked = {
+            tuple((outcome.row, outcome.language) for outcome in outcomes)
+            for outcomes in self.multiple_choice.values()
+        }
+        if len(asked) > 1:
+            raise ValueError("multiple_choice: wanted the same questions in both modes")
 
     @property
     def mode(self) -> Mode:
@@ -126,6 +141,16 @@ class EvaluationResult:
             "answer_language": {
                 code: interval and asdict(interval) for code, interval in self.answer_language().items()
             },
+            "multiple_choice": {
+                mode: {
+                    name: {
+                        code: asdict(interval)
+                        for code, interval in choice_accuracy(outcomes, normalised=normalised).items()
+                    }
+                    for name, normalised in (("acc", False), ("acc_norm", True))
+                }
+                for mode, outcomes in self.multiple_choice.items()
+            },
             "perplexity": {
                 mode: {code: _finite(found.value) for code, found in languages.items()}
                 for mode, languages in self.perplexity.items()
@@ -146,12 +171,16 @@ class PairedComparison:
         log_perplexity: difference of the mean negative log-likelihoods (nats a token); below zero is better.
             exp of it is the ratio of the perplexities. Only for languages on which both models predicted the
             same tokens.
+        choice_accuracy, choice_accuracy_norm: difference of the shares of right choices, of the greatest
+            log-likelihood, and of the greatest per character.
     """
 
     model: str
     against: str
     accuracy: dict[str, Interval]
     log_perplexity: dict[str, Interval]
+    choice_accuracy: dict[str, Interval] = field(default_factory=dict)
+    choice_accuracy_norm: dict[str, Interval] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -208,11 +237,20 @@ def compare(
         for code in scored
         if code in other and scored[code].tokens == other[code].tokens
     }
-    if not accuracy and not log_perplexity:
+    choices, choices_norm = (
+        choice_differences(
+            result.multiple_choice.get(result.mode, []),
+            against.multiple_choice.get(against.mode, []),
+            normalised=normalised,
+            **options,
+        )
+        for normalised in (False, True)
+    )
+    if not accuracy and not log_perplexity and not choices:
         raise ValueError(
             "against: the two results have no question and no sentence in common; evaluate both on the same files"
         )
-    return PairedComparison(result.model, against.model, accuracy, log_perplexity)
+    return PairedComparison(result.model, against.model, accuracy, log_perplexity, choices, choices_norm)
 
 
 def _log_ratio(first: Perplexity, second: Perplexity, options: Mapping[str, Any]) -> Interval:

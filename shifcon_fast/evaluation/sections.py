@@ -117,7 +117,7 @@ def accuracy_section(
     """Right answers by language, alone or beside a second model."""
     if not result.outcomes:
         return Section("Answers")
-    before, after = _names(result, other)
+    before, after = system_names(result, other)
     shares = {after: result.accuracy()}
     if other is not None and other.outcomes:
         shares = {before: other.accuracy(), **shares}
@@ -131,11 +131,11 @@ def accuracy_section(
     rows: list[list[Cell | str]] = []
     for code in result.accuracy():
         row: list[Cell | str] = [code]
-        row += [_share(found[code]) if code in found else "–" for found in shares.values()]
+        row += [share_cell(found[code]) if code in found else "–" for found in shares.values()]
         if against and against.accuracy:
-            row.append(_difference(against.accuracy[code]) if code in against.accuracy else "–")
+            row.append(difference_cell(against.accuracy[code]) if code in against.accuracy else "–")
         said = language[code]
-        row.append("undecided" if said is None else _share(said))
+        row.append("undecided" if said is None else share_cell(said))
         rows.append(row)
     picture = Picture.draw(
         plots.accuracy_plot,
@@ -280,7 +280,7 @@ def _differences(comparison: Comparison) -> Section:
             [
                 system,
                 *(
-                    _difference(comparison.difference(system, comparison.baseline, languages, group))
+                    difference_cell(comparison.difference(system, comparison.baseline, languages, group))
                     for languages, _ in columns
                 ),
             ]
@@ -311,7 +311,7 @@ def _accuracies(comparison: Comparison) -> Section:
     ]
     for group in comparison.groups:
         rows: list[list[Cell | str]] = [
-            [system, *(_share(comparison.share(system, [code], group)) for code in comparison.languages)]
+            [system, *(share_cell(comparison.share(system, [code], group)) for code in comparison.languages)]
             for system in comparison.systems
         ]
         caption = f"{_sentence(group)}: right answers. {_SEED_INTERVALS}"
@@ -336,7 +336,7 @@ def _by_seed(comparison: Comparison) -> Table:
     return Table(["system", *comparison.languages], rows, caption)
 
 
-def _names(result: EvaluationResult, other: EvaluationResult | None) -> tuple[str, str]:
+def system_names(result: EvaluationResult, other: EvaluationResult | None) -> tuple[str, str]:
     """What to call the model compared with and the evaluated one: the ends of their names, if those differ."""
     if other is None:
         return "", PurePath(result.model).name
@@ -353,7 +353,7 @@ def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Pictu
         after.languages,
         after.matrix_boundary,
     ):
-        before, titles = theirs, _names(result, other)
+        before, titles = theirs, system_names(result, other)
     elif result.mode == "shifted":
         before, titles = result.retrieval["unshifted"], ("unshifted", "shifted")
     return Picture.draw(
@@ -367,11 +367,13 @@ def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Pictu
     )
 
 
-def _share(interval: Interval) -> Cell:
+def share_cell(interval: Interval) -> Cell:
+    """``48.1 %``, with its interval."""
     return Cell(f"{100 * interval.estimate:.1f} %", f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
 
 
-def _difference(interval: Interval) -> Cell:
+def difference_cell(interval: Interval) -> Cell:
+    """``+2.3``, with its interval, toned by what it means."""
     estimate, _, rest = points(interval).partition(" points ")
     return Cell(estimate, rest, _TONES[verdict(interval)])
 

@@ -2,16 +2,18 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.bootstrap import paired_interval, wilson_interval
 from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome, measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.questions import Outcome
-from shifcon_fast.evaluation.result import EvaluationResult, compare
+from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison, compare
+from shifcon_fast.storage import write_json
 
 QUESTIONS = [
     Question(0, "en", "Ada lives in ?", "Rome"),
@@ -117,6 +119,60 @@ def test_perplexities_are_compared_as_each_model_is_used(
     assert found["sw"].estimate == pytest.approx(math.log(ratio))
     assert found["sw"].low < found["sw"].estimate < found["sw"].high
     assert found["en"].estimate == pytest.approx(0, abs=1e-6)
+
+
+CHOICES = [
+    Question(0, "en", "Ada lives in", "Rome", ("Rome", "bread"), "place"),
+    Question(0, "sw", "Ada anaishi", "Roma", ("Roma", "mkate"), "place"),
+    Question(1, "sw", "Ben ana", "paka", ("samaki", "paka"), "animal"),
+]
+
+
+def test_choices_are_scored_and_the_rest_is_generated(attached, word_tokenizer, tmp_path) -> None:
+    asked = [*CHOICES, Question(2, "en", "Ben has ?", 3)]
+    found = evaluate(attached.model, word_tokenizer, None, asked, max_new_tokens=4, progress=False)
+    assert [(o.row, o.language) for o in found.outcomes] == [(2, "en")]
+    assert list(found.multiple_choice) == ["unshifted", "shifted"]
+    assert found.multiple_choice["unshifted"] == measure_multiple_choice(
+        attached.model, word_tokenizer, CHOICES
+    )
+    assert found.multiple_choice["shifted"] == measure_multiple_choice(
+        attached.model, word_tokenizer, CHOICES, handle=attached
+    )
+    assert EvaluationResult.load(found.save(tmp_path)) == found
+    summary = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["summary"]
+    right = [o.correct for o in found.multiple_choice["shifted"] if o.language == "sw"]
+    assert summary["multiple_choice"]["shifted"]["acc"]["sw"] == asdict(wilson_interval(right))
+    with pytest.raises(ValueError, match="multiple_choice: wanted the same questions in both modes"):
+        replace(found, multiple_choice={**found.multiple_choice, "shifted": []})
+    with pytest.raises(ValueError, match="has no chat template"):
+        evaluate(attached.model, word_tokenizer, None, CHOICES, choice_chat_template=True, progress=False)
+
+
+def chosen(name: str, right: dict[str, list[int]], area=None) -> EvaluationResult:
+    """Right and wrong choices; the longer one is the right one, so that per character the other is chosen."""
+    outcomes = [
+        ChoiceOutcome(row, code, "", "?", ["a", "bbbbb"], 1, [-2.0, -1.0 if correct else -3.0])
+        for code, values in right.items()
+        for row, correct in enumerate(values)
+    ]
+    return EvaluationResult(model=name, pivot="en", area=area, multiple_choice={"unshifted": outcomes})
+
+
+def test_choices_are_paired_by_row_and_language() -> None:
+    first, second = [1, 1, 0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 1, 0, 0, 1]
+    found = compare(chosen("a", {"sw": first, "en": [1]}), chosen("b", {"sw": second}), resamples=500)
+    assert found.choice_accuracy == {"sw": paired_interval(first, second, resamples=500)}
+    assert found.choice_accuracy_norm == {"sw": paired_interval([1] * 8, [1] * 8, resamples=500)}
+    assert found.accuracy == {}
+    with pytest.raises(ValueError, match="different multiple-choice questions in 'sw'"):
+        compare(chosen("a", {"sw": [1]}), chosen("b", {"sw": [1, 0]}))
+
+
+def test_a_comparison_of_choices_survives_its_file(tmp_path) -> None:
+    found = compare(chosen("a", {"sw": [1, 0, 1]}), chosen("b", {"sw": [0, 0, 1]}), resamples=100)
+    write_json(tmp_path / "comparison.json", found.to_json())
+    assert PairedComparison.load(tmp_path / "comparison.json") == found
 
 
 def test_bad_input_is_named(attached, plain, tiny_model, word_tokenizer, parallel_text) -> None:

@@ -10,6 +10,7 @@ import pytest
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.across_seeds import paired_seeds_interval, seeds_interval
 from shifcon_fast.evaluation.bootstrap import Interval
+from shifcon_fast.evaluation.choice_scores import choice_accuracy
 from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
@@ -182,7 +183,13 @@ def test_a_page_is_replaced_in_one_step(tmp_path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_report_of_an_evaluation(attached, tiny_model, word_tokenizer, parallel_text, tmp_path) -> None:
-    questions = [Question(0, "en", "Ada lives in ?", "Rome"), Question(0, "sw", "Ada anaishi ?", 3)]
+    questions = [
+        Question(0, "en", "Ada lives in ?", "Rome"),
+        Question(0, "sw", "Ada anaishi ?", 3),
+        Question(1, "en", "Ada lives in", "Rome", ("Rome", "fish"), "place"),
+        Question(1, "sw", "Ada anaishi", "Roma", ("Roma", "samaki"), "place"),
+        Question(2, "sw", "Ben ana", "paka", ("Roma", "paka"), "animal"),
+    ]
     options = {"max_new_tokens": 2, "progress": False}
     ours = evaluate(attached.model, word_tokenizer, parallel_text, questions, **options)
     theirs = evaluate(tiny_model(), word_tokenizer, parallel_text, questions, **options)
@@ -192,8 +199,25 @@ def test_the_report_of_an_evaluation(attached, tiny_model, word_tokenizer, paral
     (tmp_path / "comparison.json").write_text(json.dumps(against.to_json()))
     assert PairedComparison.load(tmp_path / "comparison.json") == against
     page = check(report_folder(tmp_path).read_text(encoding="utf-8"))
-    for heading in ("Summary", "Answers", "Retrieval", "Perplexity", "Settings and versions"):
+    for heading in (
+        "Summary",
+        "Answers",
+        "Multiple choice",
+        "Retrieval",
+        "Perplexity",
+        "Settings and versions",
+    ):
         assert heading in page.text
+    right = choice_accuracy(ours.multiple_choice["shifted"])["sw"]
+    assert f"{100 * right.estimate:.1f} %" in page.text
+    assert f"[{100 * right.low:.1f}, {100 * right.high:.1f}]" in page.text
+    for text in (
+        "shifted − unshifted",
+        "Chance is 50 %",
+        "Right choices (acc) by kind",
+        "Right choices, shifted against",
+    ):
+        assert text in page.text
     assert f"{ours.perplexity['shifted']['tr'].value:,.2f}" in page.text
     found = ours.retrieval["shifted"]
     mexa = [value for scores in found.scores.values() for value in scores.mexa]
