@@ -90,6 +90,8 @@ class Check:
             "--no-compile",
         ]
         missing = None if brought else "there is no folder wheels/ with packages to add"
+        if self.rehearsed:
+            missing = "the wheels are for the device's Python; a rehearsal has what is installed here"
         target = ["--no-cache-dir", "--upgrade", "--target", str(self.wheels)]
         return Job("wheels", [*command, *target, *map(str, brought)], missing=missing)
 

@@ -3,10 +3,11 @@
     python scripts/gpu_wheels.py             build and download what is not there yet, then check
     python scripts/gpu_wheels.py --check     only check: is it all there, of these sources, and small enough?
 
-The package itself is built here, with its CPU and CUDA libraries (nvcc is needed, a GPU is not), and with it go
-bitsandbytes, peft, Liger-Kernel and pytest-benchmark for Python 3.12 on x86-64. ``scripts/gpu_check.py`` takes the
-compiled libraries from the wheel if ``wheels/csrc.sha256`` says that they are of the sources it finds, and
-everything else from the sources themselves. The working tree and the wheels together must stay below 64 MiB.
+The package itself is built here, with its CPU and CUDA libraries (nvcc is needed, a GPU is not). With it go, for
+Python 3.12 on x86-64, what it imports and an image of PyTorch with Hugging Face's libraries does not have, NF4, and
+the benchmarks' peer. ``scripts/gpu_check.py`` takes the compiled libraries from the wheel if ``wheels/csrc.sha256``
+says that they are of the sources it finds, and everything else from the sources themselves. The working tree and
+the wheels together must stay below 64 MiB.
 """
 
 from __future__ import annotations
@@ -29,16 +30,66 @@ PYTHON = "3.12"
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64")
 # Those of the lock have its versions.
 PINNED = {"liger-kernel": "0.8.5"}
-PACKAGES = ("bitsandbytes", "peft", "liger-kernel", "pytest-benchmark", "py-cpuinfo2")
+PACKAGES = (
+    *("bitsandbytes", "peft", "liger-kernel", "pytest-benchmark", "py-cpuinfo2"),
+    *("langcodes", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+)
+# What is imported there and need not be brought; a test compares this with what is imported here.
+EXPECTED = frozenset(
+    (
+        *(
+            "accelerate",
+            "anyio",
+            "charset-normalizer",
+            "filelock",
+            "fsspec",
+            "h11",
+            "huggingface-hub",
+            "idna",
+        ),
+        *(
+            "iniconfig",
+            "jinja2",
+            "markupsafe",
+            "mpmath",
+            "networkx",
+            "numpy",
+            "packaging",
+            "pandas",
+            "pillow",
+        ),
+        *(
+            "pluggy",
+            "protobuf",
+            "psutil",
+            "pyarrow",
+            "pygments",
+            "pytest",
+            "python-dateutil",
+            "pyyaml",
+            "regex",
+        ),
+        *(
+            "safetensors",
+            "scipy",
+            "setuptools",
+            "sympy",
+            "tokenizers",
+            "torch",
+            "tqdm",
+            "transformers",
+            "triton",
+        ),
+        "xxhash",
+    )
+)
 OURS = "shifcon_fast"
 
 
 def digest(sources: Path = ROOT / "csrc") -> str:
-    """SHA-256 over the names and contents of what compiles into the libraries."""
+    """SHA-256 over the names and contents of the C++ and CUDA sources."""
     found = hashlib.sha256()
-    for file in sorted(
-        path for path in sources.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")
-    ):
+    for file in sorted(path for path in sources.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")):
         found.update(f"{file.relative_to(sources)}\0".encode())
         found.update(file.read_bytes())
     return found.hexdigest()
@@ -46,7 +97,8 @@ def digest(sources: Path = ROOT / "csrc") -> str:
 
 def versions(lock: Path = ROOT / "requirements.lock") -> dict[str, str]:
     """The version of each package that is brought along."""
-    locked = dict(re.findall(r"^(\S+)==(\S+)$", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    lines = re.findall(r"^(\S+)==(\S+)$", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    locked = {name.lower().replace("_", "-"): version for name, version in lines}
     return {name: PINNED.get(name) or locked[name] for name in PACKAGES}
 
 

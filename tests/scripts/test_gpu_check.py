@@ -328,3 +328,30 @@ def test_a_call_that_is_ended_from_outside_sums_up(gpu_check: ModuleType, tmp_pa
     assert "== 0 failing tests" in printed
     assert json.loads((tmp_path / "out/environment.json").read_text(encoding="utf-8"))["commit"] == "abc"
     assert "== small: interrupted" in (tmp_path / "out/log.txt").read_text(encoding="utf-8")
+
+
+IMPORTED = """
+import json, sys
+from importlib.metadata import packages_distributions
+import bitsandbytes, peft, pytest, pytest_benchmark
+import shifcon_fast as sf
+import shifcon_fast.modeling.estimate, shifcon_fast.training.trainer
+sf.load_quantized, sf.LanguageSpace, sf.mcl_loss
+owners = packages_distributions()
+names = {module.partition(".")[0] for module in sys.modules}
+print(json.dumps(sorted({owner for name in names for owner in owners.get(name, [])})))
+"""
+
+
+@pytest.mark.slow("imports everything that the device tests and the benchmarks do")
+def test_what_is_imported_on_the_device_is_there_or_brought() -> None:
+    """A dependency that is new in pyproject.toml is missing there until its wheel is brought."""
+    import gpu_wheels
+
+    command = [sys.executable, "-P", "-c", IMPORTED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    found = {name.lower().replace("_", "-") for name in json.loads(result.stdout.splitlines()[-1])}
+    optional = {"datasets", "dill", "multiprocess"}  # which transformers imports where they are
+    of_the_hub = {"httpx2", "httpcore2", "truststore"}  # newer releases of huggingface_hub alone
+    assert "pydantic" in found
+    assert found - gpu_wheels.EXPECTED - set(gpu_wheels.PACKAGES) <= {"shifcon-fast", *optional, *of_the_hub}
