@@ -406,9 +406,7 @@ def _asked_otherwise(result: EvaluationResult, other: EvaluationResult) -> list[
         for name in ("prompt_template", "few_shot", "max_new_tokens")
         if result.outcomes and result.settings.get(name) != other.settings.get(name)
     ]
-    return [f"note: {', '.join(names)} differ between the two; so the questions were not the same"] * bool(
-        names
-    )
+    return [f"note: the two differ in {', '.join(names)}: they were not asked the same"] * bool(names)
 
 
 def _result_table(result: EvaluationResult) -> str:
