@@ -87,7 +87,7 @@ def _decompress(path: Path, data: bytes) -> bytes:
         if data.startswith(start):
             try:
                 return decompress(data)
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
                 raise DataError(
                     f"{path}: its compression is damaged ({error}); copy the file again"
                 ) from error

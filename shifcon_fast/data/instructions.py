@@ -53,7 +53,12 @@ def read_instructions(source: Source | Sequence[Instruction]) -> list[Instructio
 
 
 def _parse(row: Row) -> Instruction:
-    language = check_text(row.value.get("lang"), row.where, "'lang'")
+    if row.value.get("lang") is None:
+        raise DataError(
+            f"{row.where}: 'lang' is null; has {', '.join(map(repr, row.value))}; wanted 'lang', 'prompt' and "
+            "'response', or 'lang' and 'messages'"
+        )
+    language = check_text(row.value["lang"], row.where, "'lang'")
     messages = row.value.get("messages")
     if messages is not None:
         return Instruction(language, _parse_messages(messages, row.where), row.where)

@@ -7,13 +7,14 @@ without either model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from typing_extensions import TypedDict
 
+from shifcon_fast.data.languages import find_language
 from shifcon_fast.evaluation.bootstrap import Interval, paired_interval, ratio_interval, wilson_interval
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
@@ -25,6 +26,7 @@ from shifcon_fast.storage import read_json, write_json
 FILE_NAME = "evaluation.json"
 FORMAT_VERSION = 1
 Mode = Literal["unshifted", "shifted"]
+T = TypeVar("T")
 
 
 class AttachedArea(TypedDict):
@@ -217,7 +219,9 @@ def compare(
         ValueError: nothing in common, or other questions in a language.
     """
     options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    ours, theirs = result.by_language(), against.by_language()
+    measured = result.perplexity.values()
+    codes = list(dict.fromkeys([*result.by_language(), *(code for mode in measured for code in mode)]))
+    ours, theirs = result.by_language(), _as_named(against.by_language(), codes)
     accuracy = {}
     for code in [code for code in ours if code in theirs]:
         first = {outcome.row: outcome for outcome in ours[code]}
@@ -231,7 +235,7 @@ def compare(
             [o.correct for o in first.values()], [second[row].correct for row in first], **options
         )
     scored = result.perplexity.get(result.mode, {})
-    other = against.perplexity.get(against.mode, {})
+    other = _as_named(against.perplexity.get(against.mode, {}), codes)
     log_perplexity = {
         code: _log_ratio(scored[code], other[code], options)
         for code in scored
@@ -251,6 +255,11 @@ def compare(
             "against: the two results have no question and no sentence in common; evaluate both on the same files"
         )
     return PairedComparison(result.model, against.model, accuracy, log_perplexity, choices, choices_norm)
+
+
+def _as_named(values: Mapping[str, T], codes: Sequence[str]) -> dict[str, T]:
+    """The values under the spelling that ``codes`` has of their languages, where it has one."""
+    return {find_language(code, codes) or code: value for code, value in values.items()}
 
 
 def _log_ratio(first: Perplexity, second: Perplexity, options: Mapping[str, Any]) -> Interval:

@@ -38,11 +38,10 @@ def save_adapter(folder: Path, model: Any) -> None:
     not have them.
     """
     name = active_adapter(model)
-    config = model.peft_config[name]
-    targets = config.target_modules if not isinstance(config.target_modules, str) else ()
-    is_target = any(target.rpartition(".")[2] in _EMBEDDINGS for target in targets or ())
     model.save_pretrained(
-        str(folder), selected_adapters=[name], save_embedding_layers=is_target or _is_resized(model)
+        str(folder),
+        selected_adapters=[name],
+        save_embedding_layers=_adapts_embedding(model, name) or _is_resized(model),
     )
     if name != "default":
         for path in (folder / name).iterdir():
@@ -51,13 +50,23 @@ def save_adapter(folder: Path, model: Any) -> None:
 
 
 def warn_of_what_is_not_saved(model: Any) -> None:
-    """Say, when a run begins, that other adapters are left out, and that a resized embedding is saved each time."""
+    """Say, when a run begins, that other adapters are left out, and that a resized embedding is saved each time.
+
+    Raises:
+        ValueError: a resized embedding that the adapter targets; PEFT would not save the whole of it.
+    """
     name = active_adapter(model)
     if others := [other for other in model.peft_config if other != name]:
         logger.warning(
             "The run saves its adapter %r; %s are not part of it", name, ", ".join(map(repr, others))
         )
     if _is_resized(model):
+        if _adapts_embedding(model, name):
+            raise ValueError(
+                "model: its embedding was resized and has adapters (target_modules), which cannot be saved "
+                "together; wanted the base model resized, saved and loaded again first, or modules_to_save=['embed_tokens', "
+                "'lm_head'] instead"
+            )
         weight = model.get_base_model().get_input_embeddings().weight
         logger.warning(
             "The embedding was resized to %d rows: every checkpoint carries it (%.2f GiB)",
@@ -77,7 +86,7 @@ def fit_embedding(model: Any, folder: Path, rows: int) -> None:
         return
     with safe_open(folder / _WEIGHTS, framework="pt") as weights:
         names = list(weights.keys())
-        embeddings = [each for each in names if each.rpartition(".")[0].rpartition(".")[2] in _EMBEDDINGS]
+        embeddings = [each for each in names if _is_embedding(each)]
         carried = {weights.get_slice(name).get_shape()[0] for name in embeddings}
     if carried != {rows}:
         raise ValueError(
@@ -86,6 +95,22 @@ def fit_embedding(model: Any, folder: Path, rows: int) -> None:
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
     model.requires_grad_(False)
+
+
+def _adapts_embedding(model: Any, name: str) -> bool:
+    targets = model.peft_config[name].target_modules
+    listed = () if targets is None or isinstance(targets, str) else targets
+    return any(target.rpartition(".")[2] in _EMBEDDINGS for target in listed)
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a tensor of an adapter file is the embedding or the head, as it is or below an adapter of its own."""
+    *path, last = name.split(".")
+    return (
+        last == "weight"
+        and not any(each.startswith("lora_") for each in path)
+        and not {*path}.isdisjoint(_EMBEDDINGS)
+    )
 
 
 def _is_resized(model: Any) -> bool:

@@ -60,6 +60,8 @@ _TYPES = (
 )
 for _tag, _pattern, _first in _TYPES:
     _CoreLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):  # not of the core schema
+    _CoreLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
 _CoreLoader.add_constructor("tag:yaml.org,2002:int", _int)
 _CoreLoader.add_constructor("tag:yaml.org,2002:float", _float)
 

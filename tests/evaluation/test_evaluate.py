@@ -207,3 +207,16 @@ def test_one_language_is_one_line_however_it_is_written(attached, word_tokenizer
     assert found.perplexity["shifted"]["swh_Latn"] == same.perplexity["shifted"]["sw"]
     with pytest.raises(ValueError, match="got 'pt-PT'; this language space knows en, de, sw, tr"):
         evaluate(attached.model, word_tokenizer, questions=[Question(0, "pt-PT", "Ada", 1)])
+
+
+def test_results_are_compared_however_the_languages_are_written(plain) -> None:
+    flores = {"en": "eng_Latn", "de": "deu_Latn", "sw": "swh_Latn", "tr": "tur_Latn"}
+    other = replace(
+        plain,
+        perplexity={
+            "unshifted": {flores[code]: each for code, each in plain.perplexity["unshifted"].items()}
+        },
+        outcomes=[replace(each, language=flores[each.language]) for each in plain.outcomes],
+    )
+    assert compare(plain, other).accuracy.keys() == {"en", "sw"}
+    assert list(compare(other, plain).log_perplexity) == list(flores.values())

@@ -80,10 +80,11 @@ def test_a_resized_embedding_is_saved_and_loaded(
     quantization: Any,
 ) -> None:
     caplog.set_level(logging.WARNING)
-    model = sf.load_quantized(tiny_checkpoint, LORA, quantization)
+    model = sf.load_quantized(tiny_checkpoint, quantization=quantization)
     tokenizer = copy.deepcopy(word_tokenizer)
     tokenizer.add_tokens([f"<new{index}>" for index in range(140 - len(tokenizer))])
     model.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(model, LORA)
     text = {language: [f"<new139> {each}" for each in texts] for language, texts in parallel_text.items()}
     space = estimate_space(model, tokenizer, text, progress=False)
     trainer = make_trainer(model=model, space=space, parallel=text, max_steps=1, final_estimation=False)
@@ -96,6 +97,14 @@ def test_a_resized_embedding_is_saved_and_loaded(
         loaded.get_input_embeddings().weight, trainer.model.get_input_embeddings().weight, check_device=False
     )
     torch.testing.assert_close(logits(loaded), logits(trainer.model))
+
+
+def test_a_resized_embedding_with_adapters_is_refused(tiny_checkpoint: Path, make_trainer: Any) -> None:
+    model = sf.load_quantized(tiny_checkpoint, quantization="none")
+    model.resize_token_embeddings(140)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"its embedding was resized and has adapters .*modules_to_save"):
+        make_trainer(model=model)
 
 
 def test_a_base_of_another_size_is_refused(

@@ -123,6 +123,8 @@ def test_what_is_required_is_named() -> None:
         ("a: &a [*a]\n", "unknown field 'a'|not valid YAML"),
         ("[" * 5000, "not valid YAML"),
         ("max_steps: 1\x00", "not valid YAML"),
+        ("model: !!timestamp x\n", "not valid YAML"),
+        ("max_steps: !!int x\n", "not valid YAML"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
