@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.questions import FewShot, Templates, check_unique, prompt_turns
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.language_ids import unshifted
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 
 _WITHOUT_SPACES = ("zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz")
@@ -134,7 +136,8 @@ def measure_multiple_choice(
     bar = tqdm(total=len(questions), desc="multiple choice", disable=not progress, leave=False)
     for batch in _batches(encoded, batch_size):
         languages = [questions[index].language for index in batch]
-        found = _score(model, tokenizer, [encoded[index] for index in batch], languages, handle)
+        with unshifted(model) if handle is None else nullcontext():
+            found = _score(model, tokenizer, [encoded[index] for index in batch], languages, handle)
         scores |= zip(batch, found, strict=True)
         bar.update(len(batch))
     bar.close()

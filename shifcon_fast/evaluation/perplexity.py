@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 from shifcon_fast.evaluation.sentences import input_device, sentence_batches
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.language_ids import unshifted
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def measure_perplexity(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Perplexity:
-    """Score the sentences of one language, shifted where a handle is given.
+    """Score the sentences of one language, shifted where a handle is given and unshifted without one.
 
     Raises:
         ValueError: no sentence has a token to predict.
@@ -67,9 +69,10 @@ def measure_perplexity(
         extra = {}
         if handle is not None:
             extra["language_ids"] = handle.language_ids([language] * len(batch.rows)).to(input_device(model))
-        output = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
-        )
+        with unshifted(model) if handle is None else nullcontext():
+            output = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
+            )
         lengths = batch.attention_mask.sum(dim=1).tolist()
         for row, (index, length) in enumerate(zip(batch.rows, lengths, strict=True)):
             # one sentence at a time: the float32 copy of a batch's logits would be the largest tensor of all

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,9 +19,17 @@ from transformers import PreTrainedModel
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
-from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
+from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
-from shifcon_fast.modeling.swap import block_class, decoder_class, outer_class, restore_class, swap_class
+from shifcon_fast.modeling.swap import (
+    HANDLES,
+    block_class,
+    decoder_class,
+    original_class,
+    outer_class,
+    restore_class,
+    swap_class,
+)
 from shifcon_fast.space.area import dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 
@@ -41,16 +53,18 @@ def attach(
     At boundary ``forward``, h ← h + α (v(pivot) - v(language)); at boundary ``backward``, the same with the sign
     turned round (ShifCon, arXiv 2410.19453). The model's forward and ``generate`` then take
     ``language_ids``, a (B,) integer tensor from :meth:`ShiftHandle.language_ids`; rows of the pivot and rows with
-    -1 are left alone bit for bit, and without the argument nothing is shifted.
+    -1 are left alone bit for bit. Without the argument nothing is shifted, which is warned of once per model unless
+    it happens under :meth:`ShiftHandle.suspended` or alpha is 0.
 
     Only this instance changes, and :meth:`ShiftHandle.detach` puts everything back. Weights, ``state_dict`` and
-    ``save_pretrained`` are untouched. Attach before or after PEFT wraps the model.
+    ``save_pretrained`` are untouched. Attach before or after PEFT wraps the model. An attached model can be copied,
+    pickled, and run by several threads; it is freed with the last reference to it and to its handle.
 
     Args:
         model: a causal LM, a PEFT model around one, or a bare decoder; the architecture must be in the table.
         space: the language vectors, estimated on this model.
         forward, backward: boundaries f < b, each in 0 … L-1 (1 … L-1 for ``recipe="official"``).
-        alpha: length of the shift, in language vector differences.
+        alpha: length of the shift, in language vector differences; finite.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f-1 and b-1, as the authors' code does.
         check_fingerprint: refuse a space that was estimated on another model.
@@ -59,13 +73,16 @@ def attach(
         The handle, also found as ``shifcon`` on the Hugging Face model.
 
     Raises:
-        ValueError: unknown architecture; boundaries out of order or range; a space of another hidden size, number
-            of boundaries or model; a model that is attached already. The model is then as it was.
+        ValueError: unknown architecture; boundaries out of order or range; an alpha that is not finite; a space of
+            another hidden size, number of boundaries or model; a model that is attached already. The model is then
+            as it was.
     """
     decoder = locate_decoder(model)
     if ATTACHMENT in decoder.module.__dict__:
         raise ValueError("model: it is attached already; call model.shifcon.detach() first.")
     _check_area(forward, backward, decoder.num_boundaries, recipe)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha}, wanted a finite number.")
     _check_space(space, decoder)
     made_with = space.card.get("model")
     expected = made_with.get("fingerprint") if check_fingerprint and isinstance(made_with, dict) else None
@@ -80,57 +97,92 @@ def attach(
             )
     if warning := dose_warning(space, forward, backward, alpha):
         logger.warning("%s", warning)
-    return ShiftHandle(
-        model=model,
-        space=space,
-        decoder=decoder,
-        forward=forward,
-        backward=backward,
-        alpha=float(alpha),
-        recipe=recipe,
-    )
+    outer = _outermost_model(model, decoder.module)
+    installed = _Installed(space, forward, backward, float(alpha), recipe)
+    try:
+        _install(decoder, outer, installed)
+    except BaseException:
+        _uninstall(decoder, outer)
+        raise
+    handle: ShiftHandle = installed.of(outer)
+    return handle
+
+
+@dataclass
+class _Installed:
+    """What an attached model knows of its attachment, beside what its modules hold.
+
+    It does not hold the model, and the handle only weakly: the handle holds the model.
+    """
+
+    space: LanguageSpace
+    forward: int
+    backward: int
+    alpha: float
+    recipe: Recipe
+    handle: weakref.ref[ShiftHandle] | None = None
+
+    def of(self, model: nn.Module) -> ShiftHandle:
+        """The handle of the model that holds this; the same one for as long as somebody keeps it."""
+        handle = self.handle() if self.handle is not None else None
+        if handle is None:
+            handle = ShiftHandle(model, self)
+            self.handle = weakref.ref(handle)
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None}  # a copy of the model gets a handle of its own
+
+    def tables(self) -> dict[int, Tensor]:
+        """block → what is added at its input."""
+        earlier = 1 if self.recipe == "official" else 0
+        toward = self.alpha * self.space.shift_vectors(self.forward)
+        back = -self.alpha * self.space.shift_vectors(self.backward)
+        return {self.forward - earlier: toward, self.backward - earlier: back}
 
 
 class ShiftHandle:
-    """An attached model's controls. Made by :func:`attach`; as a context manager it detaches at the end.
+    """An attached model's controls: what :func:`attach` returns and what the model has as ``shifcon``.
+
+    As a context manager it detaches at the end.
 
     Attributes:
-        model: what was passed to :func:`attach`.
+        model: the Hugging Face model; the one inside, where PEFT or another wrapper was attached.
         space: the language space whose vectors are in use.
         forward, backward, alpha, recipe: as passed to :func:`attach`.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        space: LanguageSpace,
-        decoder: Decoder,
-        forward: int,
-        backward: int,
-        alpha: float,
-        recipe: Recipe,
-    ) -> None:
+    def __init__(self, model: nn.Module, installed: _Installed) -> None:
         self.model = model
-        self.space = space
-        self.forward = forward
-        self.backward = backward
-        self.alpha = alpha
-        self.recipe = recipe
-        self._decoder = decoder
-        self._outer = _outermost_model(model, decoder.module)
-        self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
-        self._attachment = Attachment(
-            num_languages=len(space.languages),
-            pivot_id=space.language_id(space.pivot),
-            forwards_kwargs=decoder.architecture.forwards_kwargs,
-        )
-        tables = self._tables(space)
-        try:
-            self._install(tables)
-        except BaseException:
-            self.detach()
-            raise
+        self._installed = installed
+
+    @property
+    def space(self) -> LanguageSpace:
+        return self._installed.space
+
+    @property
+    def forward(self) -> int:
+        return self._installed.forward
+
+    @property
+    def backward(self) -> int:
+        return self._installed.backward
+
+    @property
+    def alpha(self) -> float:
+        return self._installed.alpha
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._installed.recipe
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return locate_decoder(self.model)
+
+    @property
+    def _is_attached(self) -> bool:
+        return self.model.__dict__.get(HANDLES) is self._installed
 
     def language_ids(
         self, languages: str | Sequence[str], device: torch.device | str | None = None
@@ -165,24 +217,24 @@ class ShiftHandle:
                 f"space: got languages {space.languages} with pivot {space.pivot}, wanted {self.space.languages} "
                 f"with pivot {self.space.pivot}; detach and attach to change them."
             )
-        tables = self._tables(space)
-        for block, vectors in tables.items():
+        if not self._is_attached:
+            raise ValueError("handle: it was detached; attach again.")
+        changed = replace(self._installed, space=space)
+        for block, vectors in changed.tables().items():
             table = self.shift_table(block)
-            if table is None:
-                raise ValueError("handle: it was detached; attach again.")
+            assert table is not None
             with torch.no_grad():
                 table.copy_(vectors)
-        self.space = space
+        self._installed.space = space
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """No row is shifted inside, whatever ``language_ids`` says; the norms still go through the operators."""
-        before = self._attachment.suspended
-        self._attachment.suspended = True
-        try:
+        """No row is shifted inside, whatever ``language_ids`` says; the norms still go through the operators.
+
+        Holds for the calls of this thread. A call without ``language_ids`` inside is not warned of.
+        """
+        with unshifted(self.model):
             yield
-        finally:
-            self._attachment.suspended = before
 
     @property
     def engagements(self) -> dict[int, dict[str, int]]:
@@ -214,23 +266,15 @@ class ShiftHandle:
         Raises:
             ValueError: something has changed a swapped module's class since (FSDP2 does); nothing is undone.
         """
-        for module, _, replacement in self._swapped:
-            if type(module) is not replacement:
+        if not self._is_attached:
+            return
+        for module in _swapped_modules(self._decoder, self.model):
+            if original_class(module) is None:
                 raise ValueError(
                     f"model: a {type(module).__name__} was given another class since it was attached, by "
                     "FSDP2's fully_shard for instance; it can only be detached after that is undone."
                 )
-        while self._swapped:
-            module, original, _ = self._swapped.pop()
-            restore_class(module, original)
-        for block in self._decoder.blocks:
-            block._buffers.pop(SHIFT_TABLE, None)
-            block._non_persistent_buffers_set.discard(SHIFT_TABLE)
-            block.__dict__.pop(NORM_COUNTS, None)
-            block.__dict__.pop(ATTACHMENT, None)
-        for module in (self._decoder.module, self._outer):
-            module.__dict__.pop(ATTACHMENT, None)
-        self._outer.__dict__.pop("shifcon", None)
+        _uninstall(self._decoder, self.model)
 
     def __enter__(self) -> ShiftHandle:
         return self
@@ -244,33 +288,50 @@ class ShiftHandle:
         area = f"forward={self.forward}, backward={self.backward}, alpha={self.alpha}, recipe={self.recipe!r}"
         return f"ShiftHandle({area}, languages={list(self.space.languages)}, pivot={self.space.pivot!r})"
 
-    def _install(self, tables: dict[int, Tensor]) -> None:
-        for index, block in enumerate(self._decoder.blocks):
-            if index in tables:
-                block.register_buffer(SHIFT_TABLE, tables[index].to(_device_of(block)), persistent=False)
-            block.__dict__[NORM_COUNTS] = NormCounts()
-            block.__dict__[ATTACHMENT] = self._attachment
-            self._swap(block, block_class)
-        self._decoder.module.__dict__[ATTACHMENT] = self._attachment
-        self._swap(self._decoder.module, decoder_class)
-        if self._outer is not self._decoder.module:
-            self._outer.__dict__[ATTACHMENT] = self._attachment
-            self._swap(self._outer, outer_class)
-        self._outer.__dict__["shifcon"] = self
-
-    def _swap(self, module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
-        replacement = subclass(type(module))
-        self._swapped.append((module, swap_class(module, replacement), replacement))
-
-    def _tables(self, space: LanguageSpace) -> dict[int, Tensor]:
-        """block → what is added at its input."""
-        earlier = 1 if self.recipe == "official" else 0
-        toward = self.alpha * space.shift_vectors(self.forward)
-        back = -self.alpha * space.shift_vectors(self.backward)
-        return {self.forward - earlier: toward, self.backward - earlier: back}
-
     def _norm_counts(self) -> list[NormCounts]:
         return [block.__dict__.get(NORM_COUNTS) or NormCounts() for block in self._decoder.blocks]
+
+
+def _install(decoder: Decoder, outer: nn.Module, installed: _Installed) -> None:
+    space, tables = installed.space, installed.tables()
+    attachment = Attachment(
+        num_languages=len(space.languages),
+        pivot_id=space.language_id(space.pivot),
+        forwards_kwargs=decoder.architecture.forwards_kwargs,
+        shifts=installed.alpha != 0,
+    )
+    for index, block in enumerate(decoder.blocks):
+        if index in tables:
+            block.register_buffer(SHIFT_TABLE, tables[index].to(_device_of(block)), persistent=False)
+        block.__dict__[NORM_COUNTS] = NormCounts()
+        block.__dict__[ATTACHMENT] = attachment
+        _swap(block, block_class)
+    decoder.module.__dict__[ATTACHMENT] = attachment
+    _swap(decoder.module, decoder_class)
+    if outer is not decoder.module:
+        outer.__dict__[ATTACHMENT] = attachment
+        _swap(outer, outer_class)
+    outer.__dict__[HANDLES] = installed
+
+
+def _swap(module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
+    swap_class(module, subclass(type(module)))
+
+
+def _uninstall(decoder: Decoder, outer: nn.Module) -> None:
+    """Undo :func:`_install`, or as much of it as was done."""
+    for module in _swapped_modules(decoder, outer):
+        if original_class(module) is not None:
+            restore_class(module)
+        for name in (ATTACHMENT, NORM_COUNTS, HANDLES):
+            module.__dict__.pop(name, None)
+    for block in decoder.blocks:
+        block._buffers.pop(SHIFT_TABLE, None)
+        block._non_persistent_buffers_set.discard(SHIFT_TABLE)
+
+
+def _swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
+    return [*decoder.blocks, decoder.module, *([] if outer is decoder.module else [outer])]
 
 
 def _check_area(forward: int, backward: int, boundaries: int, recipe: str) -> None:

@@ -15,7 +15,7 @@ from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.content import ordinary_tokens
-from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment
+from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment, unshifted
 
 
 def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
@@ -71,8 +71,11 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
             mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), mask)
         pooled[boundary] = mean
 
-    arguments = {} if ids is None else {"language_ids": ids}
-    _run_prefix(decoder, input_ids, attention_mask, wanted, pool, **arguments)
+    if ids is None:
+        with unshifted(decoder.module):
+            _run_prefix(decoder, input_ids, attention_mask, wanted, pool)
+    else:
+        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, language_ids=ids)
     device = pooled[max(wanted)].device
     return torch.stack([pooled[boundary].to(device) for boundary in wanted])
 
@@ -98,7 +101,8 @@ def visit_boundaries(
     """
     decoder = locate_decoder(model)
     wanted = _check_boundaries(boundaries, decoder.num_boundaries)
-    _run_prefix(decoder, input_ids, attention_mask, wanted, visit)
+    with unshifted(decoder.module):
+        _run_prefix(decoder, input_ids, attention_mask, wanted, visit)
 
 
 def _run_prefix(

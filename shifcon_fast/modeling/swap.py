@@ -6,7 +6,8 @@ wrapped again by ``__init_subclass__``. The subclass keeps ``__name__``, ``__qua
 maps, FSDP policies and transformers' registry of recordable outputs go by them.
 
 One subclass is made per original class and holds no state of any model. State lives in the instances, so a deep
-copy of an attached model is an attached model of its own.
+copy of an attached model, or a pickled one, is an attached model of its own. Nothing in it leads back to the model,
+which is freed with the last reference to it, without the garbage collector.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,25 @@ from shifcon_fast.modeling.language_ids import ATTACHMENT
 
 Modules = type[nn.Module]
 
+HANDLES = "_shifcon_handles"
+"""Name of the attribute, on the model whose ``shifcon`` users ask for, that makes its :class:`Handles`."""
+_ORIGINAL = "_shifcon_original"
 
-def swap_class(module: nn.Module, replacement: Modules) -> Modules:
-    """Give a module another class and return the one it had.
+
+class Handles(Protocol):
+    """Gives an attached model its handle."""
+
+    def of(self, model: nn.Module) -> Any:
+        """The handle of the model that holds this."""
+
+
+def original_class(module: nn.Module) -> Modules | None:
+    """The class that a module had before :func:`swap_class`; None if its class is not one of ours."""
+    return type(module).__dict__.get(_ORIGINAL)
+
+
+def swap_class(module: nn.Module, replacement: Modules) -> None:
+    """Give a module another class.
 
     Raises:
         ValueError: something has replaced ``forward`` on the instance, which would bypass the new class.
@@ -43,17 +60,18 @@ def swap_class(module: nn.Module, replacement: Modules) -> Modules:
     module.__class__ = replacement
     if kept is not None:
         _bind_kept_forward(module, key)
-    return original
 
 
-def restore_class(module: nn.Module, original: Modules) -> None:
-    """Give a module its class back.
+def restore_class(module: nn.Module) -> None:
+    """Give a swapped module its class back.
 
     A forward that somebody has put on the instance in the meantime (mixed precision does) stays there; what it
     wraps finds no attachment any more and calls the original.
     """
     key, kept = _kept_forward(module)
     follows = kept is not None and _is_bound_to(kept, type(module))
+    original = original_class(module)
+    assert original is not None
     module.__class__ = original
     if follows:
         _bind_kept_forward(module, key)
@@ -96,13 +114,13 @@ def block_class(original: Any) -> Modules:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # The decoder does not pass the ids on. Fetched here, outside of gradient checkpointing, they are an
         # argument of the checkpointed forward, and its recomputation gets the same ones.
-        kwargs.setdefault("language_ids", self.__dict__[ATTACHMENT].current)
+        kwargs.setdefault("language_ids", self.__dict__[ATTACHMENT].call.current)
         return original.__call__(self, *args, **kwargs)
 
     methods: dict[str, Any] = {"forward": block_forward(original, row), "_apply": _apply}
     if not row.forwards_kwargs:
         methods["__call__"] = __call__
-    return _subclass(original, methods)
+    return _subclass(original, methods, block_class)
 
 
 @functools.cache
@@ -114,8 +132,9 @@ def decoder_class(original: Any) -> Modules:
         attachment = self.__dict__.get(ATTACHMENT)
         if attachment is None:  # detached, and called through a wrapper that was put on in between
             return original.forward(self, *args, **kwargs)
+        call = attachment.call
         if language_ids is None:
-            language_ids = attachment.pending
+            language_ids = call.pending
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
@@ -124,13 +143,14 @@ def decoder_class(original: Any) -> Modules:
             return original.forward(self, *args, **kwargs)
         if attachment.forwards_kwargs:
             return original.forward(self, *args, language_ids=ids, **kwargs)
-        attachment.current = ids
+        call.current = ids
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            attachment.current = None
+            call.current = None
 
-    return _subclass(original, {"forward": _name_language_ids(forward, original)})
+    named = _name_language_ids(forward, original)
+    return _subclass(original, {"forward": named, "shifcon": property(_handle)}, decoder_class)
 
 
 @functools.cache
@@ -147,22 +167,43 @@ def outer_class(original: Any) -> Modules:
             return original.forward(self, *args, **kwargs)
         if attachment.forwards_kwargs:
             return original.forward(self, *args, language_ids=language_ids, **kwargs)
-        attachment.pending = language_ids
+        attachment.call.pending = language_ids
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            attachment.pending = None
+            attachment.call.pending = None
 
-    return _subclass(original, {"forward": _name_language_ids(forward, original)})
+    named = _name_language_ids(forward, original)
+    return _subclass(original, {"forward": named, "shifcon": property(_handle)}, outer_class)
 
 
-def _subclass(original: Modules, methods: dict[str, Any]) -> Modules:
+def _handle(self: nn.Module) -> Any:
+    """The handle of an attached model; ``AttributeError`` for the parts of one."""
+    handles: Handles | None = self.__dict__.get(HANDLES)
+    if handles is None:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'shifcon'")
+    return handles.of(self)
+
+
+def _subclass(original: Modules, attributes: dict[str, Any], maker: Callable[[Any], Modules]) -> Modules:
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # By its name alone, pickle would find the original class.
+        return _remake, (maker, original), self.__dict__
+
     names = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        _ORIGINAL: original,
     }
-    return type(original.__name__, (original,), {**names, **methods})
+    return type(original.__name__, (original,), {**names, **attributes})
+
+
+def _remake(maker: Callable[[Any], Modules], original: Modules) -> nn.Module:
+    """An empty module of a class of ours, for ``copy`` and ``pickle`` to fill."""
+    cls = maker(original)
+    return cls.__new__(cls)
 
 
 def _name_language_ids(forward: Callable[..., Any], original: Modules) -> Callable[..., Any]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import math
+import pickle
+import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,6 +22,7 @@ from shifcon_fast.modeling import attach as attach_module
 from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.language_ids import Attachment
 
@@ -111,6 +117,74 @@ def test_a_deep_copy_is_attached_by_itself(tiny_model, random_space, batch, batc
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_a_pickled_model_is_attached_by_itself(architecture, tiny_model, random_space, batch, batch_ids):
+    model = tiny_model(architecture)
+    attach(model, random_space(model), forward=1, backward=2, alpha=0.5)
+    with torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+        twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - made a moment ago
+        assert twin.shifcon is not model.shifcon
+        assert torch.equal(twin(**batch, language_ids=batch_ids).logits, expected)
+    assert (twin.shifcon.alpha, twin.shifcon.space.languages) == (0.5, ("en", "sw", "de"))
+    twin.shifcon.detach()
+    assert [type(m) for m in twin.modules()] == [type(m) for m in tiny_model(architecture).modules()]
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_a_model_is_freed_with_its_last_reference(  # noqa: PLR0917 - pytest passes fixtures by name
+    architecture, wrap, tiny_model, random_space, batch, batch_ids
+):
+    """Without the garbage collector: two models must not be in memory where one is used after the other."""
+    model = tiny_model(architecture)
+    if wrap:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    gc.collect()
+    gc.disable()
+    try:
+        attach(model, random_space(model), forward=1, backward=2)
+        handle = model.shifcon
+        with torch.no_grad():
+            model(**batch, language_ids=batch_ids)
+        model.generate(**batch, language_ids=batch_ids, do_sample=False, max_new_tokens=2, pad_token_id=0)
+        weight = weakref.ref(locate_decoder(model).blocks[0])
+        del model
+        assert weight() is not None, "a handle holds its model"
+        assert handle.engagements.keys() == {0, 1, 2, 3}
+        del handle
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_handle_that_is_not_kept_is_made_anew(tiny_model, random_space):
+    model = tiny_model("llama")
+    attach(model, random_space(model), forward=1, backward=3, alpha=0.5)
+    gc.collect()
+    again = model.shifcon
+    assert (again.forward, again.backward, again.alpha, again.recipe) == (1, 3, 0.5, "stable")
+    assert again.model is model
+    assert model.shifcon is again
+    with pytest.raises(AttributeError, match="shifcon"):
+        model.model.shifcon  # noqa: B018
+    again.detach()
+    assert not hasattr(model, "shifcon")
+
+
+def test_a_handle_of_an_earlier_attachment_changes_nothing(tiny_model, random_space, batch, batch_ids):
+    model = tiny_model("llama")
+    old = attach(model, random_space(model), forward=1, backward=3)
+    old.detach()
+    attach(model, random_space(model), forward=1, backward=3)
+    with torch.no_grad():
+        expected = model(**batch, language_ids=batch_ids).logits
+        with pytest.raises(ValueError, match="handle: it was detached"):
+            old.set_space(random_space(model, seed=1))
+        old.detach()
+        assert torch.equal(model(**batch, language_ids=batch_ids).logits, expected)
+
+
 def test_save_pretrained_writes_what_it_writes_without(tiny_model, random_space, tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "plain")
@@ -178,6 +252,34 @@ def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_spa
             assert torch.equal(model(**batch, language_ids=batch_ids).logits, plain)
         assert handle.engagements[3] == {"input_layernorm": 2, "post_attention_layernorm": 2}
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, shifted)
+
+
+@every_architecture
+def test_a_call_without_ids_is_warned_of_once(architecture, tiny_model, random_space, batch, batch_ids):
+    model = tiny_model(architecture)
+    attach(model, random_space(model), forward=1, backward=3)
+    greedy = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch, language_ids=batch_ids)
+        model.generate(**batch, language_ids=torch.full((4,), -1), **greedy)
+        with model.shifcon.suspended():  # said to be meant
+            model(**batch)
+        boundary_representations(model, batch["input_ids"], None, batch["attention_mask"], [0, 2])
+    with pytest.warns(UserWarning, match="without language_ids: it runs unshifted"):
+        model.generate(**batch, **greedy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch)
+
+
+def test_without_a_shift_nothing_is_warned_of(tiny_model, random_space, batch):
+    model = tiny_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, random_space(model), forward=1, backward=3, alpha=0.0):
+            model(**batch)
+        model(**batch)
 
 
 @pytest.mark.parametrize("hooks_first", [True, False])
@@ -356,6 +458,14 @@ def test_bad_areas_are_refused(arguments, message, tiny_model, random_space):
     with pytest.raises(ValueError, match=message):
         attach(model, random_space(model), **arguments)
     assert _snapshot(model) == before
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_an_alpha_that_is_not_finite_is_refused(alpha, tiny_model, random_space):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"alpha: got -?(nan|inf), wanted a finite number"):
+        attach(model, random_space(model), forward=1, backward=3, alpha=alpha)
+    assert not hasattr(model, "shifcon")
 
 
 def test_boundaries_must_be_whole_numbers(tiny_model, random_space):
