@@ -4,6 +4,11 @@ Where the tokenizer has a chat template, it is used, unchanged. Where it has non
 texts, one a line: ``prompt + "\\n"`` with the special tokens the tokenizer puts in front of a text (BOS), then the
 response and the EOS token. Prompt and response are tokenised apart, so that the ids a model sees before it
 generates are exactly the ids it was trained to continue.
+
+With a template too, a response is learnt behind exactly the ids of :func:`encode_prompt`. Most templates render the
+prompt as the beginning of the conversation, and nothing needs to be done. Others open the response in the prompt
+and leave that out of a finished conversation (DeepSeek-R1's ``<think>``), or their text tokenises otherwise where
+prompt and response meet: then the response and what ends it follow the prompt's ids, tokenised apart.
 """
 
 from __future__ import annotations
@@ -12,6 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shifcon_fast.data.chat_template import (
+    PROBE,
+    assistant_mask,
+    end_of_turn,
+    has_template,
+    render_ids,
+    render_text,
+    warn_once,
+)
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction, Turn
 
@@ -25,12 +39,19 @@ class EncodedExample:
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str | Sequence[Turn], *, use_chat_template: bool = True
+    tokenizer: Any, prompt: str | Sequence[Turn], *, use_chat_template: bool = True, where: str = "the prompt"
 ) -> list[int]:
-    """Token ids of a prompt, ready for ``generate``: what :func:`encode_example` puts before the response."""
+    """Token ids of a prompt, ready for ``generate``: what :func:`encode_example` puts before the response.
+
+    Args:
+        where: how to call the prompt in an error.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    if use_chat_template and _has_template(tokenizer):
-        return _render(tokenizer, turns, add_generation_prompt=True)
+    if use_chat_template and has_template(tokenizer):
+        return render_ids(tokenizer, turns, where, add_generation_prompt=True)
     return _encode_start(tokenizer, "".join(turn.content + "\n" for turn in turns))
 
 
@@ -43,13 +64,12 @@ def prompt_text(
     then the last question.
 
     Raises:
-        DataError: the chat template is asked for and the tokenizer has none.
+        DataError: the chat template is asked for and the tokenizer has none, or it refuses the conversation.
     """
     if use_chat_template:
-        if not _has_template(tokenizer):
+        if not has_template(tokenizer):
             raise DataError("use_chat_template is True, and the tokenizer has no chat template")
-        messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return render_text(tokenizer, prompt, "the prompt", add_generation_prompt=True)
     ends = {"assistant": "\n\n", "user": delimiter, "system": "\n\n"}
     return "".join(turn.content + ends[turn.role] for turn in prompt[:-1]) + prompt[-1].content
 
@@ -82,23 +102,21 @@ def encode_example(
 ) -> EncodedExample:
     """Token ids of a whole conversation, with the assistant's turns marked as learnt.
 
-    Without a chat template only the last response is learnt, and the tokenizer's EOS token (if any) ends it.
+    Without a chat template only the last response is learnt, and the tokenizer's EOS token (if any) ends it. With
+    one, earlier turns are learnt where the template renders them as when they were generated. A template that marks
+    the assistant's words itself (``{% generation %}``) decides what is learnt; the token that ends a turn is too.
 
     Raises:
-        DataError: the chat template does not render a prompt as the beginning of the conversation, so that nobody
-            can say where the response starts.
+        DataError: the chat template refuses the conversation, or rewrites the prompt once there is a response, so
+            that nothing could be learnt behind the prompt that generation uses.
     """
-    if use_chat_template and _has_template(tokenizer):
+    if use_chat_template and has_template(tokenizer):
         return _encode_with_template(tokenizer, instruction)
     prompt = encode_prompt(tokenizer, instruction.turns[:-1], use_chat_template=False)
     response = list(tokenizer(instruction.turns[-1].content, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         response.append(tokenizer.eos_token_id)
     return EncodedExample(prompt + response, [False] * len(prompt) + [True] * len(response))
-
-
-def _has_template(tokenizer: Any) -> bool:
-    return getattr(tokenizer, "chat_template", None) is not None
 
 
 def _encode_start(tokenizer: Any, text: str) -> list[int]:
@@ -110,40 +128,71 @@ def _encode_start(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _render(tokenizer: Any, turns: Sequence[Turn], *, add_generation_prompt: bool) -> list[int]:
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return list(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )["input_ids"]
-    )
-
-
 def _encode_with_template(tokenizer: Any, instruction: Instruction) -> EncodedExample:
-    turns = instruction.turns
-    ids = _render(tokenizer, turns, add_generation_prompt=False)
-    learnt = [False] * len(ids)
-    for index, turn in enumerate(turns):
-        if turn.role != "assistant" or index == 0:
-            continue
-        is_last = index == len(turns) - 1
-        upto = ids if is_last else _render(tokenizer, turns[: index + 1], add_generation_prompt=False)
-        start = _start_of_response(tokenizer, turns[:index], ids)
-        if start is None or ids[: len(upto)] != upto:
-            if is_last:
-                raise DataError(
-                    f"{instruction.where}: the tokenizer's chat template does not render the prompt as the "
-                    f"beginning of the conversation, so where the response starts is unknown; "
-                    f"use_chat_template=False joins them plainly"
-                )
-            continue  # templates that rewrite earlier turns (drop their reasoning): learn the later ones only
-        learnt[start : len(upto)] = [True] * (len(upto) - start)
+    turns, where = instruction.turns, instruction.where
+    prompt = render_ids(tokenizer, turns[:-1], where, add_generation_prompt=True)
+    ids = render_ids(tokenizer, turns, where)
+    if not _begins_with(ids, prompt):
+        response = tokenizer(_response_text(tokenizer, turns, where), add_special_tokens=False)["input_ids"]
+        return EncodedExample([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+    marked = assistant_mask(tokenizer, turns, where)
+    if marked is not None and any(marked[len(prompt) :]):
+        ends = end_of_turn(tokenizer)
+        follows = [False, *marked[:-1]]
+        learnt = [mark or (ids[i] in ends and follows[i]) for i, mark in enumerate(marked)]
+        return EncodedExample(ids, learnt)
+    learnt = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    for index, turn in enumerate(turns[:-1]):
+        if turn.role == "assistant" and index > 0:
+            _mark_earlier(tokenizer, turns[: index + 1], ids, learnt)
     return EncodedExample(ids, learnt)
 
 
-def _start_of_response(tokenizer: Any, prompt: Sequence[Turn], ids: list[int]) -> int | None:
-    for add_generation_prompt in (True, False):
-        start = _render(tokenizer, prompt, add_generation_prompt=add_generation_prompt)
-        if ids[: len(start)] == start and len(start) < len(ids):
-            return len(start)
-    return None
+def _mark_earlier(tokenizer: Any, turns: Sequence[Turn], ids: list[int], learnt: list[bool]) -> None:
+    """Mark the last of some turns, where the whole conversation shows it as when it was generated."""
+    try:
+        prompt = render_ids(tokenizer, turns[:-1], "", add_generation_prompt=True)
+        upto = render_ids(tokenizer, turns, "")
+    except DataError:  # not as a conversation of its own
+        prompt = upto = []
+    if upto and _begins_with(ids, upto) and _begins_with(upto, prompt):
+        learnt[len(prompt) : len(upto)] = [True] * (len(upto) - len(prompt))
+    else:
+        warn_once(
+            "The chat template shows earlier assistant turns otherwise than as they are generated (without their "
+            "reasoning, for instance): of conversations with several, only the turns that it shows as generated "
+            "are learnt, and always the last."
+        )
+
+
+def _begins_with(ids: Sequence[int], prompt: Sequence[int]) -> bool:
+    return len(ids) > len(prompt) and list(ids[: len(prompt)]) == list(prompt)
+
+
+def _response_text(tokenizer: Any, turns: Sequence[Turn], where: str) -> str:
+    """What follows the prompt of generation, where the rendered conversation does not begin with its ids."""
+    prompt = render_text(tokenizer, turns[:-1], where, add_generation_prompt=True)
+    whole = render_text(tokenizer, turns, where)
+    if whole.startswith(prompt) and len(whole) > len(prompt):
+        return whole[len(prompt) :]
+    before = render_text(tokenizer, turns[:-1], where)
+    probe = render_text(tokenizer, (*turns[:-1], Turn("assistant", f" {PROBE} ")), where)
+    head, found, end = probe.rpartition(PROBE)
+    strips = not (head.endswith(" ") and end.startswith(" "))
+    if not strips:
+        head, end = head[:-1], end[1:]
+    if not (found and head.startswith(before) and prompt.startswith(head)):
+        raise DataError(
+            f"{where}: the tokenizer's chat template does not render the prompt as the beginning of the "
+            f"conversation, so that a response cannot be learnt behind the prompt of generation (which ends in "
+            f"{prompt[-40:]!r}); use_chat_template=False joins them plainly"
+        )
+    opened = prompt[len(head) :]
+    warn_once(
+        f"The chat template opens a response with {opened!r} when it is generated, and leaves that out of a "
+        "finished conversation: responses are learnt right behind it, as they are generated, reasoning included."
+    )
+    response = turns[-1].content
+    if opened.strip() and response.lstrip().startswith(opened.strip()):
+        response = response.lstrip()[len(opened.strip()) :].lstrip()
+    return (response.strip() if strips else response) + end
