@@ -90,6 +90,12 @@ Parallel = Annotated[
 Quantization = Annotated[
     str, typer.Option("--quantization", help="nf4: 4-bit base weights (bitsandbytes). none: as saved.")
 ]
+QuantizationOfModel = Annotated[
+    Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
+    typer.Option(
+        "--quantization", help="nf4 or none. Default: as a run was trained; nf4 for models that are no run."
+    ),
+]
 Languages = Annotated[
     Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
     typer.Option(
@@ -350,7 +356,7 @@ def evaluate(
     ] = None,
     languages: Languages = None,
     base: Base = None,
-    quantization: Quantization = "nf4",
+    quantization: QuantizationOfModel = None,
     batch_size: BatchSize = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     prompt_template: Annotated[
@@ -424,10 +430,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    quantization: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--quantization", help="nf4 or none. Default: as the run was trained."),
-    ] = None,
+    quantization: QuantizationOfModel = None,
     base: Base = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:

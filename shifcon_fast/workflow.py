@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
 from shifcon_fast.data.few_shot import read_few_shot, read_prompt_template
 from shifcon_fast.data.instructions import read_instructions
 from shifcon_fast.data.languages import find_language
@@ -36,6 +39,7 @@ from shifcon_fast.storage import remove, replacing, retract, write_file, write_j
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
+from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.run_folder import ADAPTER, FILES, load, read_card
 from shifcon_fast.training.setup import choose_area
@@ -44,6 +48,8 @@ from shifcon_fast.training.trainer import ShifConTrainer
 AREA_FILE, DISTANCE_PLOT = "area.json", "distance.svg"
 COMPARISON, AGAINST = "comparison.json", "against"
 _BESIDE_EVALUATION = (COMPARISON, f"{AGAINST}/{FILE_NAME}")
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(
@@ -62,7 +68,9 @@ def open_model(
         base: the base model of a run, if it is no longer where it was.
 
     Returns:
-        The model and its tokenizer.
+        The model and its tokenizer. ``generate`` stops where the run's responses end; for other models, where the
+        tokenizer's chat template ends a turn and where the model's own settings say. Where these differ, that is
+        logged.
     """
     if not _is_run(name):
         model = load_quantized(
@@ -70,7 +78,9 @@ def open_model(
             quantization=quantization or "nf4",  # type: ignore[arg-type]
             trust_remote_code=trust_remote_code,
         )
-        return model, _tokenizer(name, trust_remote_code)
+        tokenizer = _tokenizer(name, trust_remote_code)
+        _end_turns_as_the_template_does(name, model, tokenizer)
+        return model, tokenizer
     card = read_card(name)
     model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
     source = name if (Path(name) / "tokenizer_config.json").is_file() else base or card["base_model"]
@@ -78,6 +88,22 @@ def open_model(
     if not card["training"].get("use_chat_template", True):
         tokenizer.chat_template = None  # so that prompts look as they did in training
     return model, tokenizer
+
+
+def _end_turns_as_the_template_does(name: str, model: Any, tokenizer: Any) -> None:
+    own = stopping_ids(model.generation_config, ())
+    stop_at(model, end_of_turn(tokenizer))
+    ends = stopping_ids(model.generation_config, ())
+    if not ends:
+        warn_once(NOTHING_ENDS_A_TURN)
+    elif ends != own and set(ends) != set(own):
+        logger.warning(
+            "%s: the model's generation settings end answers at %s; its tokenizer ends a turn with %s, so answers "
+            "end there as well",
+            name,
+            " ".join(tokenizer.convert_ids_to_tokens(own)) or "nothing",
+            tokenizer.convert_ids_to_tokens(ends[0]),
+        )
 
 
 def _is_run(name: str) -> bool:
@@ -390,6 +416,8 @@ def _measure(
     """Evaluate; the result names the model and the files as the user did, not as what they were read into."""
     loaded, tokenizer = open_model(model, **options)
     result = measure(loaded, tokenizer, **settings)
+    del loaded
+    gc.collect()  # where accelerate has put device hooks on a model they lead back to it, and keep its memory
     return replace(result, model=model, settings={**result.settings, **sources})
 
 

@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from shifcon_fast import storage
+from shifcon_fast import storage, workflow
 from shifcon_fast.cli import app
+from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.workflow import open_model
 
 Rows = list[dict[str, object]]
@@ -242,6 +246,98 @@ def test_prompts_are_joined_as_in_training(workplace: Workplace, tmp_path: Path,
     _, tokenizer = open_model(str(tmp_path / "run"))
     assert (tokenizer.chat_template == template) is used
     assert (tokenizer.chat_template is None) is not used
+
+
+@pytest.mark.parametrize(("flags", "in_4bit"), [((), False), (("--quantization", "nf4"), True)])
+def test_a_run_is_evaluated_in_the_precision_it_was_trained_in(
+    workplace: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    in_4bit: bool,
+) -> None:
+    made = shifcon(*workplace.train_flags(tmp_path / "run", "--max-steps", "1"))
+    assert made.code == 0, made.text
+    seen = []
+
+    def measure(model: Any, *args: Any, **settings: Any) -> EvaluationResult:
+        seen.append(bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False)))
+        return evaluate(model, *args, **settings)
+
+    monkeypatch.setattr(workflow, "measure", measure)
+    evaluated = shifcon(
+        *("evaluate", "--model", tmp_path / "run", "--output", tmp_path / "results", *flags),
+        *("--questions", workplace.folder / "questions.jsonl", "--max-new-tokens", "1"),
+    )
+    assert evaluated.code == 0, evaluated.text
+    assert seen == [in_4bit]
+
+
+def test_a_plain_model_ends_answers_where_its_template_ends_a_turn(
+    workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ChatML on a base model: the model's own settings know nothing of what ends a turn."""
+    base = tmp_path / "chat-model"
+    shutil.copytree(workplace.base, base)
+    model, _ = open_model(str(base), quantization="none")
+    assert model.generation_config.eos_token_id == [2]
+    assert not caplog.records
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['content'] + ' <unk> ' }}{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    model, _ = open_model(str(base), quantization="none")
+    assert model.generation_config.eos_token_id == [3, 2]
+    assert "end answers at </s>; its tokenizer ends a turn with <unk>" in caplog.text
+
+
+def test_two_models_are_never_in_memory(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[weakref.ref[torch.nn.Module]] = []
+
+    def opened(name: str, **options: Any) -> tuple[Any, Any]:
+        assert all(weight() is None for weight in weights), "the first is still there"
+        model, tokenizer = open_model(name, **options)
+        weights.append(weakref.ref(next(model.parameters())))
+        return model, tokenizer
+
+    monkeypatch.setattr(workflow, "open_model", opened)
+    monkeypatch.setattr(workflow.gc, "collect", lambda: 0)  # nor does it take the garbage collector
+    made = shifcon(*workplace.train_flags(tmp_path / "run", "--max-steps", "1"))
+    assert made.code == 0, made.text
+    evaluated = shifcon(
+        *("evaluate", "--model", tmp_path / "run", "--against", workplace.base, "--quantization", "none"),
+        *("--output", tmp_path / "results", "--parallel", workplace.folder / "parallel.jsonl"),
+    )
+    assert evaluated.code == 0, evaluated.text
+    assert len(weights) == 2
+
+
+def test_a_template_that_refuses_is_told_with_file_and_line(workplace: Workplace, tmp_path: Path) -> None:
+    base = tmp_path / "chat-model"
+    shutil.copytree(workplace.base, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+        "{{ m['content'] + ' </s> ' }}{% endfor %}"
+    )
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    messages = [
+        {"role": "system", "content": "Ada"},
+        {"role": "user", "content": "Ada lives in"},
+        {"role": "assistant", "content": "Rome"},
+    ]
+    rows = [workplace.instructions[0], {"lang": "sw", "messages": messages}]
+    file = workplace.write("with-system.jsonl", rows)
+    flags = workplace.train_flags(tmp_path / "run", "--model", str(base), "--instructions", str(file))
+    refused = shifcon(*flags)
+    assert refused.code == 2
+    assert "with-system.jsonl:2: the tokenizer's chat template refuses" in refused.text
+    assert "No system role" in refused.text
+    assert "first user message" in refused.text
+    assert not (tmp_path / "run" / "shifcon.json").exists()
+    made = shifcon(*flags, "--use-chat-template", "false")
+    assert made.code == 0, made.text
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(workplace: Workplace, run: Path) -> None:

@@ -40,9 +40,6 @@ class DemoSettings:
             "learning_rate": 1e-3,
             "weight_decay": 0.0,
             "warmup_steps": 0.05,
-            # The vectors of the training serve as well: frozen ones that are estimated anew after it no longer fit
-            # what the adapters have learnt around them (docs/demo.md).
-            "final_estimation": False,
         }
     )
     systems: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict(_SYSTEMS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
 from shifcon_fast.data.few_shot import PLACE
 from shifcon_fast.data.instructions import Turn
 from shifcon_fast.data.languages import find_language, primary_code
@@ -26,6 +28,7 @@ from shifcon_fast.evaluation.answer_words import ANSWER_WORDS, TURN_TOKENS, TURN
 from shifcon_fast.evaluation.answers import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.language_ids import unshifted
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 
 logger = logging.getLogger(__name__)
@@ -76,9 +79,10 @@ def answer_questions(
 ) -> list[Outcome]:
     """Answer every question greedily; outcomes in the order of the questions.
 
-    Batches may mix languages; with a handle, each row is shifted by its own. They are sorted by length and
-    padded on the left. Generation stops at EOS, at a stop string (which is cut off, with what follows), or
-    after ``max_new_tokens``.
+    Batches may mix languages; with a handle, each row is shifted by its own, and without one none is. They are
+    sorted by length and padded on the left. Generation stops where the tokenizer's chat template ends a turn (see
+    :func:`shifcon_fast.data.chat_template.end_of_turn`), at the model's own EOS tokens, at a stop string (which is
+    cut off, with what follows), or after ``max_new_tokens``.
 
     Args:
         prompt_template: see :data:`Templates`; worked examples go through it as well, and what they already hold of
@@ -105,7 +109,11 @@ def answer_questions(
     if not all(stop_strings):
         raise ValueError(f"stop_strings is {list(stop_strings)}; wanted no empty text among them")
     prompts = [
-        encode_prompt(tokenizer, prompt_turns(question, prompt_template, few_shot or {}))
+        encode_prompt(
+            tokenizer,
+            prompt_turns(question, prompt_template, few_shot or {}),
+            where=f"question {question.row} ({question.language})",
+        )
         for question in questions
     ]
     limit = context_length(model)
@@ -188,20 +196,25 @@ def _generate(
     extra: dict[str, Any] = {}
     if handle is not None:
         extra["language_ids"] = handle.language_ids(list(languages)).to(device)
+    if ends := stopping_ids(getattr(model, "generation_config", None), end_of_turn(tokenizer)):
+        extra["eos_token_id"] = ends
+    elif not stop_strings:
+        warn_once(NOTHING_ENDS_A_TURN)
     if stop_strings:
         extra["stopping_criteria"] = StoppingCriteriaList([_StopStrings(tokenizer, stop_strings, longest)])
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=padding,
-        **extra,
-    )
+    with unshifted(model) if handle is None else nullcontext():
+        generated = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=padding,
+            **extra,
+        )
     responses = []
     for ids in generated[:, longest:].tolist():
         text = tokenizer.decode(ids, skip_special_tokens=True)

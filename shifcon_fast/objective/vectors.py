@@ -64,6 +64,7 @@ class LanguageVectors:
         start = space.mean[self._boundaries]
         self._vectors = start.to(dtype if mode == "running" else torch.float64)
         self._updates = torch.zeros(len(space.languages), dtype=torch.long)  # batches in a running vector
+        self._final: LanguageSpace | None = None
         self._sums = torch.zeros(start.shape, dtype=torch.float64)  # of the step at hand
         self._counts = torch.zeros(len(space.languages), dtype=torch.float64)
 
@@ -97,6 +98,7 @@ class LanguageVectors:
         )
         seen = counts > 0
         means = sums[:, seen] / counts[seen, None]
+        self._final = None
         if self.mode == "ema":
             self._vectors[:, seen] = self._decay * self._vectors[:, seen] + (1 - self._decay) * means
         else:
@@ -112,9 +114,24 @@ class LanguageVectors:
         """Replace the vectors at f and b by those of a (L, K, d) table, as a fresh estimate gives it."""
         self._vectors = mean[self._boundaries].to(self._vectors.dtype)
         self._updates.zero_()
+        self._final = None
+
+    def finish(self, space: LanguageSpace) -> None:
+        """Evaluate and serve with an estimate on the trained model, until training goes on.
+
+        The vectors of training, which :meth:`state_dict` saves, stay as they are.
+        """
+        self._final = space
+
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finish` was called and the vectors have not changed since."""
+        return self._final is not None
 
     def space(self, *, training: bool) -> LanguageSpace:
-        """The space with the current vectors at f and b; ``training`` gives undivided sums, if asked for."""
+        """The space to train with (undivided sums, if asked for) or, else, the one to evaluate and serve with."""
+        if self._final is not None and not training:
+            return self._final
         vectors = self._vectors.double()
         if self.mode == "running" and not (training and self._running_sums):
             vectors = vectors / self._updates.clamp(min=1)[:, None]
@@ -140,3 +157,4 @@ class LanguageVectors:
                     f"{name}: the saved state has {found}; wanted {here.dtype} {tuple(here.shape)}"
                 )
         self._vectors, self._updates = state["vectors"].clone(), state["updates"].clone()
+        self._final = None

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from shifcon_fast.modeling.vocabulary import embedding_rows
+from shifcon_fast.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+UNSHIFTED_KEY = "shifcon_shift_is_left_out_unless_loaded_with_shifcon_fast"
+"""A key of ``adapter_config.json`` that PEFT does not know and therefore warns of, by its name."""
+
+_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte", "lm_head", "embed_out")
 
@@ -47,6 +55,20 @@ def save_adapter(folder: Path, model: Any) -> None:
         for path in (folder / name).iterdir():
             os.replace(path, folder / path.name)
         (folder / name).rmdir()
+
+
+def tell_peft_of_the_shift(folder: Path, card: str) -> None:
+    """Have PEFT warn who loads the saved adapter with it: the shift, of which ``card`` tells, is not in it."""
+    known = read_json(folder / _CONFIG, "a PEFT adapter's configuration")
+    write_json(folder / _CONFIG, {**known, UNSHIFTED_KEY: f"see {card}"})
+
+
+@contextmanager
+def shift_is_not_lost() -> Iterator[None]:
+    """Inside, PEFT does not warn of :data:`UNSHIFTED_KEY`: the caller attaches the shift."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{UNSHIFTED_KEY}")
+        yield
 
 
 def warn_of_what_is_not_saved(model: Any) -> None:

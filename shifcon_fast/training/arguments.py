@@ -52,7 +52,8 @@ class ShifConArguments(TrainingArguments):
     """Arguments of :class:`ShifConTrainer`.
 
     An argument left at None takes the recipe's number (see ``objective.recipe``); after construction none of those
-    is None any more. With ``shift=False`` and ``w_mcl=0`` the run is plain (Q)LoRA fine-tuning.
+    is None any more, nor is ``final_estimation``, which then is whether ``vectors`` follow the model. With
+    ``shift=False`` and ``w_mcl=0`` the run is plain (Q)LoRA fine-tuning.
 
     Raises:
         ValueError: a value out of range; the message names the argument.
@@ -68,7 +69,12 @@ class ShifConArguments(TrainingArguments):
     backward: int | None = field(
         default=None, metadata={"help": "Boundary of the shift back. Default: recommended."}
     )
-    alpha: float = field(default=1.0, metadata={"help": "Length of the shift, in vector differences."})
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the shift, in vector differences. Default: 1, or what the model is attached with."
+        },
+    )
     pivot: str = field(default="en", metadata={"help": "The dominant language."})
     w_gen: float | None = field(default=None, metadata={"help": "Weight of the generation loss."})
     w_mcl: float | None = field(
@@ -106,8 +112,12 @@ class ShifConArguments(TrainingArguments):
         default=None,
         metadata={"help": "vectors=running: accumulate in the model's dtype, as the authors' code."},
     )
-    final_estimation: bool = field(
-        default=True, metadata={"help": "Estimate the language space again on the trained model."}
+    final_estimation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Estimate the language space again on the trained model. Default: only if vectors follow the "
+            "model (not frozen): adapters have learnt around frozen ones, which therefore stay."
+        },
     )
     estimation_sentences: int | None = field(
         default=None,
@@ -170,6 +180,8 @@ class ShifConArguments(TrainingArguments):
                 if name == "mixed_languages" and mode_was_given:
                     value = self.mcl_mode == "shifted"
                 setattr(self, name, value)
+        if self.final_estimation is None:
+            self.final_estimation = self.vectors != "frozen" and bool(self.shift or self.w_mcl)
         if recipe.area is not None and self.forward is None and self.backward is None:
             self.forward, self.backward = recipe.area
         self._check()
@@ -188,7 +200,7 @@ class ShifConArguments(TrainingArguments):
             raise ValueError("w_gen, w_mcl: both are 0; wanted at least one loss to train on")
         if not (math.isfinite(self.temperature or 0) and (self.temperature or 0) > 0):
             raise ValueError(f"temperature: got {self.temperature}; wanted a positive number")
-        if not math.isfinite(self.alpha):
+        if self.alpha is not None and not math.isfinite(self.alpha):
             raise ValueError(f"alpha: got {self.alpha}; wanted a number")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}; wanted 0 <= ema_decay < 1")
@@ -203,7 +215,14 @@ class ShifConArguments(TrainingArguments):
             )
 
     def method_settings(self) -> dict[str, Any]:
-        """The method's own arguments with their values, JSON-able, for the run folder."""
+        """The method's own arguments with their values, JSON-able, for the run folder.
+
+        Without ``alpha``, which the folder's card has from the attachment.
+        """
         inherited = {each.name for each in fields(TrainingArguments)}
-        own = [each.name for each in fields(self) if each.name not in inherited or each.name in _FROM_RECIPE]
+        own = [
+            each.name
+            for each in fields(self)
+            if (each.name not in inherited or each.name in _FROM_RECIPE) and each.name != "alpha"
+        ]
         return {name: getattr(getattr(self, name), "value", getattr(self, name)) for name in own}

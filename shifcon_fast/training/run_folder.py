@@ -19,8 +19,15 @@ from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, replacing, sha256_file, verify, write_json
-from shifcon_fast.training.adapter_files import active_adapter, fit_embedding, save_adapter
+from shifcon_fast.training.adapter_files import (
+    active_adapter,
+    fit_embedding,
+    save_adapter,
+    shift_is_not_lost,
+    tell_peft_of_the_shift,
+)
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
+from shifcon_fast.training.generation import GENERATION, save_generation_config, stop_at
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.version import __version__
 
@@ -29,7 +36,7 @@ FORMAT = "shifcon_fast.run"
 FORMAT_VERSION = 1
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What belongs to the card and goes with it when a run is replaced or started over.
-FILES = (*ADAPTER, space_files.CARD, space_files.TENSORS, LOG)
+FILES = (*ADAPTER, GENERATION, space_files.CARD, space_files.TENSORS, LOG)
 _LOGGED = ("step", "epoch", "loss", "loss_generation", "loss_contrastive", "learning_rate", "grad_norm")
 
 
@@ -54,6 +61,7 @@ class RunCard(TypedDict):
     alpha: Annotated[float, Field(allow_inf_nan=False)]
     recipe: Literal["stable", "official"]
     shift: bool
+    end_of_turn: list[Annotated[int, Field(ge=0)]]
     pivot: str | None
     languages: list[str]
     files: dict[str, str]
@@ -72,6 +80,7 @@ class RunState:
         settings: the method's arguments, for the record.
         log: ``trainer.state.log_history``.
         space: saved instead of the handle's, where they differ.
+        end_of_turn: the token ids that end a response, as ``data.chat_template.end_of_turn`` finds them.
     """
 
     handle: ShiftHandle | None = None
@@ -80,6 +89,7 @@ class RunState:
     settings: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
     space: LanguageSpace | None = None
+    end_of_turn: Sequence[int] = ()
 
 
 def save_run(folder: str | Path, model: Any, state: RunState) -> None:
@@ -105,6 +115,9 @@ def write_run_files(folder: Path, model: Any, state: RunState) -> None:
             "returns it: a run folder holds an adapter"
         )
     save_adapter(folder, model)
+    if state.handle is not None and state.shift and state.handle.alpha:
+        tell_peft_of_the_shift(folder, CARD)
+    save_generation_config(folder, model, state.end_of_turn)
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
     space = state.space or (state.handle.space if state.handle else None)
@@ -124,6 +137,8 @@ def load(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a run folder or one of its checkpoints: base model, adapter, language space, area; ready to generate.
+
+    Generation ends where the run's responses do (the card's ``end_of_turn``), and where the base model's did.
 
     Args:
         folder: what ``ShifConTrainer``, ``save_run`` or ``shifcon train`` wrote.
@@ -157,13 +172,15 @@ def load(
         ) from error
     fit_embedding(model, folder, card["embedding_rows"])
     try:
-        model = peft.PeftModel.from_pretrained(
-            model, str(folder), adapter_name=card["adapter"], is_trainable=False
-        ).eval()
+        with shift_is_not_lost():
+            model = peft.PeftModel.from_pretrained(
+                model, str(folder), adapter_name=card["adapter"], is_trainable=False
+            ).eval()
     except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
             f"{folder}: its adapter does not fit the base model {str(source)!r}: {error}"
         ) from error
+    stop_at(model, card["end_of_turn"])
     if card["area"] is not None:
         space = LanguageSpace.load(folder)
         try:
@@ -234,6 +251,7 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
         "alpha": handle.alpha if handle else 1.0,
         "recipe": handle.recipe if handle else "stable",
         "shift": state.shift and handle is not None,
+        "end_of_turn": list(state.end_of_turn),
         "pivot": space.pivot if space else None,
         "languages": list(space.languages) if space else [],
         "files": {

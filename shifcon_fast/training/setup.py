@@ -51,10 +51,18 @@ def attach_for_training(
                 f"model: it is attached at [{handle.forward}, {handle.backward}) with recipe {handle.recipe!r}, "
                 f"the arguments say {area} and {args.recipe!r}; detach it or leave the area out"
             )
+        if args.alpha is not None and args.alpha != handle.alpha:
+            raise ValueError(
+                f"alpha: got {args.alpha}; the model is attached with {handle.alpha}; detach it or leave alpha out"
+            )
         handle.set_space(space)
         return handle
     forward, backward = choose_area(args, space)
-    return attach(model, space, forward, backward, args.alpha, recipe=args.recipe)  # type: ignore[arg-type]
+    return attach(model, space, forward, backward, _alpha(args), recipe=args.recipe)  # type: ignore[arg-type]
+
+
+def _alpha(args: ShifConArguments) -> float:
+    return 1.0 if args.alpha is None else args.alpha
 
 
 def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]:
@@ -65,7 +73,7 @@ def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]
     """
     if args.forward is not None and args.backward is not None:
         return args.forward, args.backward
-    area = recommend_area(space, alpha=args.alpha)
+    area = recommend_area(space, alpha=_alpha(args))
     logger.info("%s", area.reason)
     if area.span is None:
         if args.shift:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, warn_once
 from shifcon_fast.data.instructions import Instruction, read_instructions
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.rows import Source
@@ -23,10 +24,11 @@ from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_tensors, replacing, staging_folder
-from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
+from shifcon_fast.training.adapter_files import shift_is_not_lost, warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
 from shifcon_fast.training.estimation import estimate_again
+from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_finite
@@ -59,7 +61,7 @@ class ShifConTrainer(Trainer):
             objects, or a ready ``InstructionDataset``. ``eval_dataset`` may be a dict of such sets, each of which
             then has its own loss (``eval_sw_loss``). The evaluation loss is the generation loss.
         parallel: translations: a file, a dataset or its id, a list of dicts or ``{language: [sentence, ...]}``.
-            Needed for the contrastive loss, for vectors that follow training, and for the final estimation.
+            Needed for the contrastive loss, for vectors that follow training, and for ``final_estimation``.
         space: the language space, estimated on this model. Needed unless ``shift`` is off and ``w_mcl`` is 0.
         kwargs: other arguments of ``Trainer`` (callbacks, optimizers, ...).
 
@@ -87,7 +89,8 @@ class ShifConTrainer(Trainer):
         keep_4bit_trainable(model)
         if hasattr(model, "active_adapters"):
             warn_of_what_is_not_saved(model)
-        was_attached = hasattr(model, "shifcon")
+        attached_before = getattr(model, "shifcon", None)
+        space_before = None if attached_before is None else attached_before.space
         self.handle = attach_for_training(model, args, space)
         try:
             self._set_up_method(model, args, processing_class, parallel)
@@ -100,19 +103,25 @@ class ShifConTrainer(Trainer):
                 if eval_dataset is None
                 else self._tokenize(eval_dataset, *setting)
             )
-        except BaseException:
-            if self.handle is not None and not was_attached:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=InstructionCollator(processing_class, embedding_rows(model)),
+                processing_class=processing_class,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                **kwargs,
+            )
+        except BaseException:  # leave the model as it came
+            if attached_before is not None:
+                attached_before.set_space(space_before)
+            elif self.handle is not None:
                 self.handle.detach()
             raise
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=InstructionCollator(processing_class, embedding_rows(model)),
-            processing_class=processing_class,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            **kwargs,
-        )
+        self._end_of_turn = end_of_turn(processing_class, use_chat_template=args.use_chat_template)
+        if not self._end_of_turn:
+            warn_once(NOTHING_ENDS_A_TURN)
+        stop_at(model, self._end_of_turn)
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
         self._meter = LossMeter()
         self._interrupt = InterruptOnce()
@@ -127,6 +136,11 @@ class ShifConTrainer(Trainer):
         self._vectors = track_vectors(args, self.handle, model)
         if self._vectors is not None and self._vectors.mode == "refresh" and self._parallel is None:
             raise ValueError("parallel: none given; vectors='refresh' estimates from its sentences")
+        if self._vectors is not None and args.final_estimation and self._parallel is None:
+            raise ValueError(
+                "parallel: none given; final_estimation estimates from its sentences (final_estimation=False needs "
+                "none)"
+            )
 
     def _tokenize(
         self, instructions: Instructions, model: Any, args: ShifConArguments, tokenizer: Any
@@ -168,7 +182,8 @@ class ShifConTrainer(Trainer):
         inputs = dict(inputs)
         if self.handle is None or not self.args.shift:
             inputs.pop("language_ids", None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with nullcontext() if self.handle is None or self.args.shift else self.handle.suspended():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
         accumulation = self.current_gradient_accumulation_steps
@@ -248,6 +263,9 @@ class ShifConTrainer(Trainer):
             changed = True
         if changed:
             self.handle.set_space(self._vectors.space(training=True))
+        if self.args.final_estimation and self.state.global_step >= self.state.max_steps:
+            # Now, so that the last evaluation and the last checkpoint have the vectors of the finished run.
+            self._estimate_finally()
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").to("cpu")
@@ -280,7 +298,10 @@ class ShifConTrainer(Trainer):
             self.handle.set_space(before)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, estimate the language space again on the final model, and write the run folder.
+        """Train and write the run folder, with the language space that training, evaluation and serving share.
+
+        With ``final_estimation`` (the default where ``vectors`` follow the model) that space is estimated on the
+        trained model, before the last evaluation and checkpoint.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the last one of ``output_dir``. The run goes on
@@ -311,11 +332,23 @@ class ShifConTrainer(Trainer):
 
     def _finish(self) -> None:
         if self.handle is not None and self._vectors is not None:
+            if (
+                self.args.final_estimation and not self._vectors.finished
+            ):  # ended early, or at an earlier best
+                self._estimate_finally()
             self.handle.set_space(self._vectors.space(training=False))
-        self.save_model()  # before the estimation: whatever happens in it, the trained model is kept
-        if self.handle is not None and self.args.final_estimation and self._parallel is not None:
-            self.handle.set_space(self._estimate(subspaces=bool(self.handle.space.bases)))
-            self.save_model()
+        self.save_model()
+
+    def _estimate_finally(self) -> None:
+        assert self.handle is not None
+        assert self._vectors is not None
+        try:
+            space = self._estimate(subspaces=bool(self.handle.space.bases))
+        except BaseException:
+            self.handle.set_space(self._vectors.space(training=False))
+            self.save_model()  # whatever happens in the estimation, the trained model is kept
+            raise
+        self._vectors.finish(space)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a run folder, all or nothing; only the main process does."""
@@ -338,6 +371,7 @@ class ShifConTrainer(Trainer):
             settings=self.args.method_settings(),
             log=self.state.log_history,
             space=space,
+            end_of_turn=self._end_of_turn,
         )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -373,11 +407,13 @@ class ShifConTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_run(Path(resume_from_checkpoint), self.handle)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with shift_is_not_lost():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_vectors(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with shift_is_not_lost():
+            super()._load_best_model()
         self._load_vectors(Path(str(self.state.best_model_checkpoint)))
 
     def _load_vectors(self, checkpoint: Path) -> None:

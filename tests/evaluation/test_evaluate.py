@@ -39,6 +39,7 @@ def test_a_plain_model_is_measured_unshifted(plain, tiny_model, word_tokenizer, 
     assert plain.settings["max_new_tokens"] == 4
 
 
+@pytest.mark.filterwarnings("error:.*unshifted")  # it is meant here
 def test_an_attached_model_is_measured_both_ways(attached, plain, word_tokenizer, parallel_text) -> None:
     attached.model.train()
     found = evaluate(

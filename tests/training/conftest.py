@@ -81,6 +81,7 @@ def make_trainer(
             "parallel": parallel_text,
             "train_dataset": instructions,
             "eval_dataset": None,
+            "processing_class": word_tokenizer,
         }
         inputs.update({name: settings.pop(name) for name in list(settings) if name in inputs})
         defaults: dict[str, Any] = {
@@ -99,7 +100,6 @@ def make_trainer(
         return ShifConTrainer(
             model or load_model(quantization=quantization, dropout=dropout),
             ShifConArguments(output_dir=str(tmp_path / folder), **{**defaults, **settings}),
-            processing_class=word_tokenizer,
             callbacks=callbacks,
             **inputs,
         )

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 import shifcon_fast as sf
+from shifcon_fast.data.chat_template import warn_once
+from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.training import run_folder
+from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
 
 IDS = torch.randint(4, 70, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -47,9 +61,111 @@ def test_loaded_run_computes_what_the_trained_model_does(run: tuple[Path, ShifCo
 def test_plain_peft_loads_it_too(run: tuple[Path, ShifConTrainer], tiny_checkpoint: Path) -> None:
     folder, _ = run
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    plain = PeftModel.from_pretrained(base, folder).eval()
+    with pytest.warns(UserWarning, match=r"shifcon_shift_is_left_out_unless_loaded_with_shifcon_fast"):
+        plain = PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(sf.load(folder)(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_who_loads_the_shift_too_is_not_warned(
+    run: tuple[Path, ShifConTrainer], make_trainer: Callable[..., ShifConTrainer], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*shifcon")
+        sf.load(run[0])
+        make_trainer(save_strategy="steps", save_steps=2).train(
+            resume_from_checkpoint=run[0] / "checkpoint-2"
+        )
+        make_trainer(folder="unshifted", shift=False).save_model()
+        unshifted = load_quantized(run_folder.read_card(run[0])["base_model"], quantization="none")
+        PeftModel.from_pretrained(unshifted, tmp_path / "unshifted")  # loses nothing
+
+
+class Forced(LogitsProcessor):
+    """Makes a model say one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "use", "end"),
+    [
+        ("{% for m in messages %}{{ m['content'] + ' <unk> ' }}{% endfor %}", "</s>", True, "<unk>"),
+        (
+            "{% for m in messages %}{{ m['content'] + ' ' + eos_token + ' ' }}{% endfor %}",
+            "<unk>",
+            True,
+            "<unk>",
+        ),
+        ("{% for m in messages %}{{ m['content'] + ' <unk> ' }}{% endfor %}", "</s>", False, "</s>"),
+        (None, "<unk>", True, "<unk>"),
+    ],
+)
+def test_a_run_stops_where_its_turns_end(
+    *,
+    make_trainer: Callable[..., ShifConTrainer],
+    word_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    template: str | None,
+    eos: str,
+    use: bool,
+    end: str,
+) -> None:
+    """The base model's own EOS is ``</s>``; what ends a turn is what the data was rendered with."""
+    tokenizer = deepcopy(word_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    trainer = make_trainer(
+        processing_class=tokenizer, use_chat_template=use, save_strategy="steps", save_steps=3
+    )
+    trainer.train()
+    token, own = tokenizer.convert_tokens_to_ids([end, "</s>"])
+    learnt = trainer.train_dataset[0]["labels"]
+    assert token in learnt
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):
+        assert run_folder.read_card(folder)["end_of_turn"] == [token]
+        stops = list(dict.fromkeys([token, own]))
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == stops
+        loaded = sf.load(folder)
+        assert loaded.generation_config.eos_token_id == stops
+        for said in stops:
+            answer = loaded.generate(
+                IDS,
+                language_ids=loaded.shifcon.language_ids(["sw", "en"]),
+                max_new_tokens=5,
+                logits_processor=LogitsProcessorList([Forced(said)]),
+            )
+            assert answer.shape == (2, 10)
+
+
+def test_a_run_without_an_end_says_so(
+    make_trainer: Callable[..., ShifConTrainer],
+    word_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warn_once.cache_clear()
+    tokenizer = deepcopy(word_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    for _ in range(2):
+        trainer = make_trainer(processing_class=tokenizer)
+    trainer.save_model()
+    assert caplog.text.count("Nothing ends a response") == 1
+    assert run_folder.read_card(tmp_path / "run")["end_of_turn"] == []
+    assert sf.load(tmp_path / "run").generation_config.eos_token_id == [2]  # the base model's own
+
+
+def test_generation_settings_that_cannot_be_written_do_not_end_a_run(
+    make_trainer: Callable[..., ShifConTrainer], load_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = load_model()
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.5  # transformers reads such settings, and refuses to write them
+    make_trainer(model=model).save_model()
+    assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [2]
 
 
 def test_tokenizer_is_saved_as_it_was(
@@ -61,8 +177,8 @@ def test_tokenizer_is_saved_as_it_was(
     assert saved.special_tokens_map == word_tokenizer.special_tokens_map
 
 
-def test_log_and_final_space(run: tuple[Path, ShifConTrainer], space: sf.LanguageSpace) -> None:
-    folder, trainer = run
+def test_log(run: tuple[Path, ShifConTrainer]) -> None:
+    folder, _ = run
     log = json.loads((folder / "training_log.json").read_text())
     assert [row["step"] for row in log["steps"]] == [1, 2, 3]
     first = log["steps"][0]
@@ -70,12 +186,73 @@ def test_log_and_final_space(run: tuple[Path, ShifConTrainer], space: sf.Languag
         0.5 * first["loss_generation"] + 2 * first["loss_contrastive"], rel=1e-6
     )
     assert first["learning_rate"] == 0  # warming up
-    final = sf.LanguageSpace.load(folder)
+
+
+@pytest.mark.parametrize("estimate", [None, True, False])
+@pytest.mark.parametrize("vectors", ["frozen", "ema", "refresh", "running"])
+def test_what_is_evaluated_is_what_is_loaded(
+    *,
+    make_trainer: Callable[..., ShifConTrainer],
+    space: sf.LanguageSpace,
+    instructions: list[Instruction],
+    tmp_path: Path,
+    vectors: str,
+    estimate: bool | None,
+) -> None:
+    """The loss of ``evaluate()`` after training is the saved run's, and the last checkpoint is the run."""
+    trainer = make_trainer(
+        vectors=vectors,
+        refresh_every=2,
+        final_estimation=estimate,
+        eval_dataset=instructions[:6],
+        per_device_eval_batch_size=6,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    trainer.train()
+    told = trainer.evaluate()["eval_loss"]
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(6)])
+    served = []
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):
+        loaded = sf.load(folder)
+        with torch.no_grad():
+            served.append(loaded(**batch))
+        assert served[-1].loss.item() == pytest.approx(told, rel=1e-6)
+    assert torch.equal(served[0].logits, served[1].logits)
+
+    saved = sf.LanguageSpace.load(tmp_path / "run")
     again = sf.estimate_space(trainer.model, trainer.processing_class, trainer._parallel, progress=False)
-    torch.testing.assert_close(final.mean, again.mean, rtol=1e-5, atol=1e-5)
-    assert (final.mean[2:] - space.mean[2:]).abs().max() > 1e-3  # the model has changed
-    during = sf.LanguageSpace.load(folder / "checkpoint-2")
-    assert torch.equal(during.mean, space.mean)  # frozen in training
+    assert (again.mean[2:] - space.mean[2:]).abs().max() > 1e-3  # the model has changed
+    if estimate or (estimate is None and vectors != "frozen"):
+        torch.testing.assert_close(saved.mean, again.mean, rtol=1e-5, atol=1e-5)
+    elif vectors == "frozen":
+        assert torch.equal(saved.mean, space.mean)
+
+
+def test_a_run_that_ends_early_is_estimated_on_the_model_that_is_kept(
+    make_trainer: Callable[..., ShifConTrainer], tmp_path: Path
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    trainer = make_trainer(vectors="ema", max_steps=5, callbacks=[Stop()])
+    trainer.train()
+    again = sf.estimate_space(trainer.model, trainer.processing_class, trainer._parallel, progress=False)
+    torch.testing.assert_close(sf.LanguageSpace.load(tmp_path / "run").mean, again.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_failing_final_estimation_keeps_the_trained_model(
+    make_trainer: Callable[..., ShifConTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(vectors="ema")
+    monkeypatch.setattr(trainer, "_estimate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    ids = {"language_ids": trainer.handle.language_ids(["sw", "en"])}
+    with torch.no_grad():
+        kept = sf.load(tmp_path / "run")(IDS, **ids).logits
+        assert torch.equal(kept, trainer.model.eval()(IDS, **ids).logits)
 
 
 def test_unshifted_run_is_attached_without_effect(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from shifcon_fast.data.instructions import Instruction
+from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.training.run_folder import read_card
 from shifcon_fast.training.trainer import ShifConTrainer
 
 F, B = 1, 3
@@ -274,6 +278,10 @@ def test_missing_inputs_are_named(make_trainer: Callable[..., ShifConTrainer]) -
         make_trainer(parallel=None)
     with pytest.raises(ValueError, match="parallel: none given; vectors='refresh'"):
         make_trainer(parallel=None, w_mcl=0.0, vectors="refresh")
+    with pytest.raises(
+        ValueError, match="parallel: none given; final_estimation estimates from its sentences"
+    ):
+        make_trainer(parallel=None, w_mcl=0.0, final_estimation=True)
     with pytest.raises(ValueError, match="pivot: got 'de'; the space was estimated with 'en'"):
         make_trainer(pivot="de")
     with pytest.raises(ValueError, match="no row has 'tr'; found en, de, sw"):
@@ -298,3 +306,51 @@ def test_a_model_that_was_refused_is_not_left_attached(
     assert model.shifcon is trainer.handle  # attached by somebody else
     with pytest.raises(ValueError, match=r"it is attached at \[1, 3\)"):
         make_trainer(model=model, forward=2, backward=3)
+
+
+def test_a_trainer_that_transformers_refuses_leaves_the_model_as_it_came(
+    make_trainer: Callable[..., ShifConTrainer], load_model: Callable[..., Any], space: LanguageSpace
+) -> None:
+    model = load_model()
+    with pytest.raises(ValueError, match="eval_dataset"):  # of transformers' Trainer
+        make_trainer(model=model, eval_strategy="steps", eval_steps=1)
+    assert not hasattr(model, "shifcon")
+    handle = attach(model, space, 1, 3, 0.5)
+    other = space.replace_means(space.mean + 1)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        make_trainer(model=model, space=other, eval_strategy="steps", eval_steps=1)
+    assert handle.space is space
+    assert model.shifcon is handle
+
+
+def test_alpha_is_the_attachments_and_no_other(
+    make_trainer: Callable[..., ShifConTrainer],
+    load_model: Callable[..., Any],
+    space: LanguageSpace,
+    tmp_path: Path,
+) -> None:
+    model = load_model()
+    attach(model, space, 1, 3, 0.5)
+    with pytest.raises(ValueError, match=r"alpha: got 1\.0; the model is attached with 0\.5"):
+        make_trainer(model=model, alpha=1.0)
+    for given in (None, 0.5):
+        trainer = make_trainer(model=model, alpha=given)
+        assert trainer.handle.alpha == 0.5
+    trainer.save_model()
+    card = read_card(tmp_path / "run")
+    assert card["alpha"] == 0.5
+    assert "alpha" not in card["training"]
+    assert make_trainer().handle.alpha == 1.0
+    assert make_trainer(alpha=0.25).handle.alpha == 0.25
+
+
+def test_unshifted_passes_of_training_are_not_warned_of(
+    make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*unshifted")
+        trainer = make_trainer(shift=False, mcl_mode="pooled", vectors="ema", eval_dataset=instructions[:2])
+        trainer.train()
+        trainer.evaluate()
+    with pytest.warns(UserWarning, match="runs unshifted"):
+        trainer.model(torch.tensor([[4, 5]]))
