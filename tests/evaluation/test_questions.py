@@ -92,7 +92,7 @@ def test_without_an_end_that_is_said_once(tiny_model, word_tokenizer, caplog) ->
     tokenizer.eos_token = None
     warn_once.cache_clear()
     for _ in range(2):
-        answer_questions(model, tokenizer, QUESTIONS, batch_size=2, max_new_tokens=2)
+        answer_questions(model, tokenizer, QUESTIONS, batch_size=2, max_new_tokens=2, stop_strings=())
     assert caplog.text.count("Nothing ends a response") == 1
 
 
