@@ -156,9 +156,8 @@ def _begin(stop: Connection, steps: Any) -> None:
     _idle.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
-        os.setpgid(
-            0, 0
-        )  # Ctrl-C at the terminal reaches the parent alone: a job takes the second as "abort at once"
+        # Ctrl-C at the terminal reaches the parent alone: a training takes a second SIGINT as "abort at once".
+        os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
 

@@ -19,7 +19,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends signals to processe
 # A program whose jobs write down what happens to them. "wait" is like a training: at SIGINT it saves, for a while,
 # and a second SIGINT would end that.
 PROGRAM = """
-import contextlib, os, sys, time
+import contextlib, os, signal, sys, time
 from functools import partial
 from pathlib import Path
 from shifcon_fast.demo.side_by_side import SideBySide
@@ -55,6 +55,7 @@ def die(report):
     os._exit(3)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background
     with SideBySide(2, around) as side_by_side:
         {body}
 """
