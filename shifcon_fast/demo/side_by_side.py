@@ -6,6 +6,7 @@ them shares its core with any other program, all of them stand still for most of
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -57,7 +58,7 @@ class SideBySide:
             listen, self._stop = context.Pipe(duplex=False)
             self._steps = context.Value("q", 0)
             self._pool = ProcessPoolExecutor(
-                self.processes, context, initializer=_begin, initargs=(listen, self._steps)
+                self.processes, context, initializer=_begin, initargs=(listen, self._steps, _log_levels())
             )
         return self
 
@@ -126,6 +127,12 @@ class SideBySide:
         return [results[number] for number in range(len(jobs))]
 
 
+def _log_levels() -> dict[str, int]:
+    """What this process has set: what is silent here stays silent in its children."""
+    loggers = logging.root.manager.loggerDict.items()
+    return {name: each.level for name, each in loggers if isinstance(each, logging.Logger) and each.level}
+
+
 @contextmanager
 def _what_children_inherit() -> Iterator[None]:
     """One thread, also in libraries that PyTorch cannot tell; and SIGINT held back until they are ready for it."""
@@ -149,10 +156,12 @@ _stopped, _idle = threading.Event(), threading.Event()
 _steps: Any = None
 
 
-def _begin(stop: Connection, steps: Any) -> None:
+def _begin(stop: Connection, steps: Any, log_levels: dict[str, int]) -> None:
     """Make a new process ready: one thread, and no SIGINT but the one that :func:`_watch` sends to a job."""
     global _steps  # noqa: PLW0603 - the process is one job's at a time
     _steps = steps
+    for name, level in log_levels.items():
+        logging.getLogger(name).setLevel(level)
     _idle.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):

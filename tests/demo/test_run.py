@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -94,22 +95,26 @@ def test_running_again_trains_and_evaluates_nothing(finished, monkeypatch) -> No
 
 
 def test_an_interrupted_demo_goes_on_and_ends_the_same(finished, tmp_path, monkeypatch) -> None:
+    """Between the training and the evaluation of the last run, with everything else there."""
     root, text = finished
-    calls = []
+    out = tmp_path / "out"
+    shutil.copytree(root / "out", out)
+    for name in ("report.html", "comparison.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "runs" / "ShifCon-QLoRA-seed1")
 
-    def interrupt_third(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
 
-    original = stages.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "evaluate", interrupt_third)
+        patch.setattr(stages, "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_micro(root, tmp_path / "out")
-    assert not (tmp_path / "out" / "report.html").exists()
-    assert run_micro(root, tmp_path / "out").splitlines()[:-1] == text.splitlines()[:-1]
+            run_micro(root, out)
+    assert not (out / "report.html").exists()
+    with monkeypatch.context() as patch:
+        for name in ("estimate_space", "ShifConTrainer"):
+            patch.setattr(stages, name, lambda *args, **kwargs: pytest.fail("done again"))
+        assert run_micro(root, out).splitlines()[:-1] == text.splitlines()[:-1]
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends signals to processe
 # A program whose jobs write down what happens to them. "wait" is like a training: at SIGINT it saves, for a while,
 # and a second SIGINT would end that.
 PROGRAM = """
-import contextlib, os, signal, sys, time
+import contextlib, logging, os, signal, sys, time
 from functools import partial
 from pathlib import Path
 from shifcon_fast.demo.side_by_side import SideBySide
@@ -31,6 +31,9 @@ def around():
     os.environ["AROUND"] = "yes"
     yield
     del os.environ["AROUND"]
+
+def level(report):
+    return logging.getLogger("a.library").level
 
 def number(n, report):
     for _ in range(n):
@@ -56,6 +59,7 @@ def die(report):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background
+    logging.getLogger("a.library").setLevel(logging.ERROR)
     with SideBySide(2, around) as side_by_side:
         {body}
 """
@@ -100,12 +104,14 @@ def test_results_come_in_order_and_every_step_is_told(tmp_path: Path) -> None:
         steps, ends = [], []
         out = side_by_side.run([partial(number, n) for n in (3, 1, 2)], on_steps=steps.append, on_end=ends.append)
         print([o[:3] for o in out], sum(steps), sorted(ends), os.getpid() in [o[3] for o in out])
+        print(side_by_side.run([level])[0] == logging.ERROR)
         print(side_by_side.run([partial(number, 5)], on_steps=steps.append)[0][0], sum(steps))
     """
     said, complained = start(tmp_path, body.strip()).communicate(timeout=100)
     assert complained == ""
     assert said.splitlines() == [
         "[(3, '1', 'yes'), (1, '1', 'yes'), (2, '1', 'yes')] 6 [0, 1, 2] False",
+        "True",
         "5 11",
     ]
 
