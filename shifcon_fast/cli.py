@@ -480,7 +480,7 @@ def demo(
     """Run the whole method on a generated multilingual world, without a download, and write a report.
 
     Trains a tiny Llama (cached after the first time), then plain QLoRA and ShifCon QLoRA from it, and compares
-    them by language with intervals. About eight minutes on two CPU cores.
+    them by language with intervals. The trainings run side by side, one thread each.
     """
     from shifcon_fast.demo.run import run_demo
 
