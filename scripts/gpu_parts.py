@@ -229,7 +229,9 @@ class Check:
 
     def _step(self, name: str) -> Job:
         command = [sys.executable, str(BENCHMARKS / "step" / "run.py"), "--out", str(self.out)]
-        chosen = ["--steps", "2", "--variants", "plain QLoRA,authors' recipe,ours"] if name == "step" else []
+        chosen = ["--steps", "2"]
+        for variant in ("plain QLoRA", "authors' recipe", "ours") if name == "step" else ():
+            chosen += ["--variant", variant]
         tiny = ["--size", "tiny", "--device", "cpu"] if self.rehearsed else ["--size", self.options.size]
         found = self._has("bitsandbytes") and self._has("peft")
         missing = None if found else "bitsandbytes or peft is missing"

@@ -1,7 +1,7 @@
 """Time, memory and whereabouts of one real training step: plain QLoRA, the authors' recipe, ours, and ablations.
 
     python benchmarks/step/run.py --out DIR --size llama-3-8b|1b|tiny [--device cuda|cpu] [--steps 5]
-        [--variants NAME,NAME...]
+        [--variant NAME]...
 
 A randomly initialised model in NF4 with LoRA on every linear layer; a step is forward, backward and the AdamW
 update of the adapters, under gradient checkpointing. The learning rate is 0: the update does its work, and every
@@ -223,11 +223,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="llama-3-8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=ceilings.default_device())
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, in turn")
+    parser.add_argument(
+        "--variant", action="append", choices=VARIANTS, help="one of those to time; repeat it"
+    )
     options = parser.parse_args()
-    variants = options.variants.split(",")
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        parser.error(f"--variants: got {', '.join(unknown)}; wanted some of {', '.join(VARIANTS)}")
     options.out.mkdir(parents=True, exist_ok=True)
     measured_before = options.out / "ceilings.json"
     if measured_before.exists() and options.device == "cuda":
@@ -236,7 +235,9 @@ def main() -> None:
     def write(record: dict[str, Any]) -> None:
         (options.out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    record = measure(options.size, torch.device(options.device), options.steps, variants, write)
+    record = measure(
+        options.size, torch.device(options.device), options.steps, options.variant or list(VARIANTS), write
+    )
     for name, row in record["variants"].items():
         memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
         time_ = f"{row['ms']:9.1f} ms ± {row['iqr_ms'] / 2:.1f}" if "ms" in row else row["error"]
