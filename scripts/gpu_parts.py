@@ -61,7 +61,8 @@ class Check:
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "cache-of-inductor"),
             # Several processes compile at a time, and each would start a pool as large as the machine.
             "TORCHINDUCTOR_COMPILE_THREADS": "2",
-            "OMP_NUM_THREADS": "2",
+            # A rehearsal's machine has few cores, and others' work on them: threads would wait for each other.
+            "OMP_NUM_THREADS": "1" if self.rehearsed else "2",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products ask for
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # nothing is waited for that cannot be reached
