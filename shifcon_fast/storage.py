@@ -11,6 +11,7 @@ card holds the SHA-256 of the tensor files beside it, so that damaged and mixed-
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -159,16 +160,14 @@ def read_json(
     return head if shape == dict[str, Any] else _parse(path, content, what, shape)
 
 
-def read_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, of which the card beside it knows the digest.
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
 
     Raises:
-        ValueError: no such file, another digest, or not safetensors; the message names the file.
+        ValueError: no such file, or not safetensors; the message names the file.
     """
     path = Path(path)
-    if sha256 is not None:
-        verify(path, sha256)
-    elif not path.is_file():
+    if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted tensors")
     try:
         return load_file(path)
@@ -176,19 +175,18 @@ def read_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
         raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from error
 
 
-def verify(path: str | Path, sha256: str) -> None:
-    """Check that a file is the one its card was written with.
+def verify(path: str | Path, sha256: str, card: str) -> None:
+    """Check that a file is the one that the card beside it was written with.
 
     Raises:
         ValueError: it is not there, or has another digest.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, though the card beside it names it; copy the whole folder")
+        raise ValueError(f"{path}: no such file, though {card} lies beside it; copy the whole folder")
     if sha256_file(path) != sha256:
         raise ValueError(
-            f"{path}: its SHA-256 is not the one in the card beside it; it was damaged or replaced, copy the whole "
-            "folder again"
+            f"{path}: its SHA-256 is not the one in {card}; it was damaged or replaced, copy the whole folder again"
         )
 
 
@@ -201,9 +199,14 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
 def _parse(path: Path, content: bytes, what: str, shape: Any) -> Any:
     try:
-        return TypeAdapter(shape).validate_json(content, strict=True)
+        return _adapter(shape).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         if first["type"] == "json_invalid":

@@ -21,10 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import shifcon_fast as sf
 from shifcon_fast import storage, workflow
 from shifcon_fast.cli import app
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.training.trainer import ShifConTrainer
 from shifcon_fast.workflow import open_model
 
 Rows = list[dict[str, object]]
@@ -346,6 +348,62 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(workplace: Workplace, ru
     assert refused.code == 2
     assert "holds a run already; --resume" in refused.text
     assert snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--pivot", "fr"), "pivot: got 'fr'"),
+        (("--lora-target-modules", "no_such_layer"), "no_such_layer"),
+        (("--forward", "3", "--backward", "2"), "forward"),
+        (("--max-length", "2", "--too-long", "error"), "max_length"),
+        (("--resume",), "resume, overwrite: both given"),
+    ],
+)
+def test_overwrite_deletes_nothing_for_a_run_that_is_refused(
+    workplace: Workplace, run: Path, tmp_path: Path, flags: tuple[str, ...], problem: str
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    result = shifcon(*workplace.train_flags(tmp_path / "run", "--overwrite", *flags))
+    assert result.code == 2, result.text
+    assert problem in result.text
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_overwrite_leaves_nothing_of_the_old_run_to_be_loaded(
+    workplace: Workplace, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new run dies in its first step."""
+    output = tmp_path / "run"
+    shutil.copytree(run, output)
+    shutil.copytree(run, output / "checkpoint-2")
+    (output / "notes.txt").write_text("mine")
+    (output / "evaluation.json").write_text("of the old run")
+
+    def die(*args: object, **kwargs: object) -> None:
+        raise OSError("the machine went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShifConTrainer, "training_step", die)
+        result = shifcon(*workplace.train_flags(output, "--overwrite"))
+    assert result.code == 1
+    assert "went away" in result.text
+    assert not list(output.rglob("adapter_*"))
+    assert not (output / "evaluation.json").exists()
+    assert (output / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="not ours; wanted a run folder"):
+        sf.load(output)
+    result = shifcon(*workplace.train_flags(output))  # and the folder is free for another try
+    assert result.code == 0, result.text
+    assert sf.load(output).shifcon.forward == sf.load(run).shifcon.forward
+
+
+def test_an_adapter_of_someone_else_is_not_overwritten_unasked(workplace: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = shifcon(*workplace.train_flags(tmp_path))
+    assert (result.code, snapshot(tmp_path)) == (2, {"adapter_config.json": b"{}"})
+    assert "holds a run already" in result.text
 
 
 def test_resume_without_a_checkpoint_is_refused(workplace: Workplace) -> None:

@@ -308,17 +308,18 @@ def test_tensors_are_the_ones_of_their_card(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_file({"a": torch.arange(3.0)}, path)
     digest = sha256_file(path)
-    assert torch.equal(read_tensors(path, digest)["a"], torch.arange(3.0))
+    verify(path, digest, "card.json")
+    assert torch.equal(read_tensors(path)["a"], torch.arange(3.0))
     save_file({"a": torch.arange(4.0)}, path)
-    with pytest.raises(ValueError, match=r"t\.safetensors: its SHA-256 is not the one in the card beside it"):
-        read_tensors(path, digest)
+    with pytest.raises(ValueError, match=r"t\.safetensors: its SHA-256 is not the one in card\.json"):
+        verify(path, digest, "card.json")
     path.write_bytes(b"not tensors")
     with pytest.raises(ValueError, match=r"t\.safetensors: not a safetensors file"):
         read_tensors(path)
     with pytest.raises(ValueError, match=r"none: no such file"):
         read_tensors(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"none: no such file, though the card beside it names it"):
-        verify(tmp_path / "none", digest)
+    with pytest.raises(ValueError, match=r"none: no such file, though card\.json lies beside it"):
+        verify(tmp_path / "none", digest, "card.json")
 
 
 def test_sha256_of_a_known_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from shifcon_fast.storage import read_json, read_tensors, replacing, sha256_file, write_json
+from shifcon_fast.storage import read_json, read_tensors, replacing, sha256_file, verify, write_json
 
 TENSORS = "language_space.safetensors"
 CARD = "language_space.json"
@@ -94,4 +94,5 @@ def read(folder: Path) -> tuple[dict[str, Tensor], SpaceCard]:
         SpaceCard,
         wanted={"format": FORMAT, "format_version": FORMAT_VERSION},
     )
-    return read_tensors(folder / TENSORS, card["tensors"]["sha256"]), card
+    verify(folder / TENSORS, card["tensors"]["sha256"], CARD)
+    return read_tensors(folder / TENSORS), card

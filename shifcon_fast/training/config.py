@@ -126,7 +126,11 @@ def parse_config(file: str | Path | None, flags: Sequence[str] = ()) -> tuple[Ru
         if name not in known and not (name.startswith("no_") and name[3:] in known):
             raise ValueError(f"unknown flag --{name.replace('_', '-')}{_suggestion(name, known)}")
         arguments += [f"--{_ALIASES.get(name, name)}", *([value] if equals else [])]
-    return _parse(arguments)
+    try:
+        return _parse(arguments)
+    except Exception as error:  # transformers has many kinds for values that it does not like
+        where = f"{file} and the flags: " if file and flags else f"{file}: " if file else ""
+        raise ValueError(f"{where}{error}") from error
 
 
 def _parse(arguments: list[str]) -> tuple[RunConfig, ShifConArguments]:

@@ -217,7 +217,7 @@ def read_card(folder: str | Path) -> RunCard:
     if needed != card["files"].keys():
         raise ValueError(f"{folder / CARD}: files: got {list(card['files'])}; wanted {sorted(needed)}")
     for name, digest in card["files"].items():
-        verify(folder / name, digest)
+        verify(folder / name, digest, CARD)
     return card
 
 

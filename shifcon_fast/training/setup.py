@@ -15,12 +15,15 @@ from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.storage import read_tensors
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, read_trainer_state
 from shifcon_fast.training.contrastive_data import ContrastiveSampler
 from shifcon_fast.training.run_folder import read_card
 
 logger = logging.getLogger(__name__)
+
+VECTORS = "language_vectors.safetensors"  # of a checkpoint
 
 
 def attach_for_training(
@@ -154,6 +157,19 @@ def track_vectors(args: ShifConArguments, handle: ShiftHandle | None, model: Any
         running_sums=bool(args.running_sums),
         dtype=dtype,
     )
+
+
+def load_vectors(checkpoint: Path, vectors: LanguageVectors) -> None:
+    """Have ``vectors`` go on from a checkpoint's.
+
+    Raises:
+        ValueError: no such file, or not the vectors of such a run; the message names the file.
+    """
+    state = read_tensors(checkpoint / VECTORS)
+    try:
+        vectors.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / VECTORS}: {error}") from error
 
 
 def within_context(length: int | None, model: Any) -> int:

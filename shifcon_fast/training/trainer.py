@@ -23,7 +23,7 @@ from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import read_tensors, replacing, staging_folder
+from shifcon_fast.storage import replacing, staging_folder
 from shifcon_fast.training.adapter_files import shift_is_not_lost, warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
@@ -35,8 +35,10 @@ from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_fi
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.setup import (
+    VECTORS,
     attach_for_training,
     check_same_run,
+    load_vectors,
     make_sampler,
     track_vectors,
     within_context,
@@ -44,7 +46,6 @@ from shifcon_fast.training.setup import (
 
 logger = logging.getLogger(__name__)
 
-VECTORS = "language_vectors.safetensors"
 Instructions = Source | Sequence[Instruction] | Dataset[Any]
 
 
@@ -419,11 +420,7 @@ class ShifConTrainer(Trainer):
     def _load_vectors(self, checkpoint: Path) -> None:
         if self._vectors is None or self.handle is None:
             return
-        vectors = read_tensors(checkpoint / VECTORS)
-        try:
-            self._vectors.load_state_dict(vectors)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint / VECTORS}: {error}") from error
+        load_vectors(checkpoint, self._vectors)
         self.handle.set_space(self._vectors.space(training=True))
 
     def _interrupted(self) -> bool:
