@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+_MAX_DEPTH = 10
+
 
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with the implicit types of YAML 1.2."""
@@ -66,6 +68,20 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:int", _int)
 _CoreLoader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
+def _check_plain(text: bytes) -> None:
+    """Refuse what no field needs and what PyYAML stumbles over: tags, references (some grow without end), depth."""
+    depth = 0
+    for event in yaml.parse(text, _CoreLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None):  # also of an alias
+            raise ValueError(f"line {line}: a reference (& or *); write the value out")
+        if getattr(event, "tag", None):
+            raise ValueError(f"line {line}: the tag {event.tag}; leave it out")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"line {line}: more than {_MAX_DEPTH} levels; wanted values, lists and mappings")
+
+
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
@@ -76,7 +92,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted a YAML file of fields")
     try:
-        value = yaml.load(path.read_bytes(), Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
+        text = path.read_bytes()
+        _check_plain(text)
+        value = yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(value, dict):
