@@ -377,7 +377,8 @@ def test_overwrite_leaves_nothing_of_the_old_run_to_be_loaded(
     """The new run dies in its first step."""
     output = tmp_path / "run"
     shutil.copytree(run, output)
-    shutil.copytree(run, output / "checkpoint-2")
+    shutil.copytree(output, tmp_path / "copy")
+    (tmp_path / "copy").rename(output / "checkpoint-99")
     (output / "notes.txt").write_text("mine")
     (output / "evaluation.json").write_text("of the old run")
 
