@@ -86,8 +86,8 @@ def warn_of_what_is_not_saved(model: Any) -> None:
         if _adapts_embedding(model, name):
             raise ValueError(
                 "model: its embedding was resized and has adapters (target_modules), which cannot be saved "
-                "together; wanted the base model resized, saved and loaded again first, or modules_to_save=['embed_tokens', "
-                "'lm_head'] instead"
+                "together; wanted the base model resized, saved and loaded again first, or "
+                "modules_to_save=['embed_tokens', 'lm_head'] instead"
             )
         weight = model.get_base_model().get_input_embeddings().weight
         logger.warning(
