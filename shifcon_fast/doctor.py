@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from shifcon_fast import _native, ops
-from shifcon_fast.training.quantization import nf4_problem
 
 PACKAGES = (
     "shifcon-fast",
@@ -79,6 +78,9 @@ def examine() -> dict[str, Any]:
     "nf4" maps each device to "works" or to what is wrong; it is found by quantising a matrix and reading it back.
     "native" maps each compiled library to what :func:`native` says.
     """
+    # transformers, peft and bitsandbytes come with it, which the rest of this file does without.
+    from shifcon_fast.training.quantization import nf4_problem
+
     present = devices()
     return {
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -328,6 +329,15 @@ def test_offloaded_norms_are_called_so_that_their_weights_are_loaded(
     assert "replaced on the instance" in handle.bypassed[0]["input_layernorm"]
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate has one state a process, and the Trainer of an earlier test has set it without mixed precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_detach_after_accelerate_has_prepared_the_model_for_mixed_precision(
     tiny_model, random_space, batch, batch_ids
 ):

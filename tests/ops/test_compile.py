@@ -72,6 +72,7 @@ def test_one_graph_with_the_same_numbers_and_counted(case: str) -> None:
         assert sum(count for (name, _), count in counts.items() if name == f"{operator}_backward") > 0
 
 
+@pytest.mark.slow("compiles C++ that inductor has written")
 def test_inductor_in_bfloat16() -> None:
     leaves = [
         leaf(2, 3, 16, dtype=torch.bfloat16),
