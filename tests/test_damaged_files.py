@@ -26,6 +26,7 @@ from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.report import _read as read_folder
+from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison, compare
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
@@ -356,3 +357,72 @@ def test_damage_is_refused_by_name_and_nothing_is_touched(world: World, name: st
     assert not problems, "\n".join(f"{what}\n    {outcomes[what][0][:2000]!r}" for what in problems)
     assert len(outcomes["refused"]) > ATTEMPTS / 4
     assert attempt(world, file, content, read) == "read"
+
+
+LEFTOVERS: list[dict[str, Any]] = [
+    {"staging": "..", "files": []},
+    {"staging": "../..", "files": ["precious.txt"]},
+    {"staging": "/", "files": ["/etc/passwd"]},
+    {"staging": ".saving-shifcon.json", "files": ["shifcon.json", "../precious.txt"]},
+]
+
+
+@pytest.mark.parametrize("record", LEFTOVERS)
+def test_leftovers_of_writers_are_not_acted_on(world: World, tmp_path: Path, record: dict[str, Any]) -> None:
+    """A record that an older release wrote, and staging folders, in a folder that someone was sent."""
+    around = tmp_path / "around"
+    shutil.copytree(world.root, around / "root")
+    (around / "precious.txt").write_text("mine")
+    run = around / "root" / "run"
+    for folder in (run, run / "checkpoint-3", around / "root" / "space"):
+        (folder / ".commit.json").write_text(json.dumps(record))
+        (folder / ".staging-1").mkdir()
+        (folder / ".saving-evaluation.json").symlink_to(around)
+        (folder / ".saving-shifcon.json").mkdir()
+        (folder / ".saving-shifcon.json" / "shifcon.json").write_text("{}")
+    (run / "checkpoint-9").symlink_to(around)
+    before = state_of(around)
+    read_card(run)
+    LanguageSpace.load(run)
+    LanguageSpace.load(around / "root" / "space")
+    EvaluationResult.load(run)
+    read_folder(run)
+    assert list_checkpoints(run) == [run / "checkpoint-3"]
+    check_same_run(run / "checkpoint-3", world.handle)
+    if record is LEFTOVERS[1]:  # takes seconds
+        sf.load(run, base=world.base)
+        report_folder(run, tmp_path / "pages")
+    assert state_of(around) == before
+
+
+ADAPTER: list[tuple[str, Any]] = [
+    *(
+        (key, new)
+        for key in ("peft_type", "r", "target_modules", "lora_alpha", "task_type")
+        for new in (None, DEEP, -1, "..")
+    ),
+    *(
+        ("auto_mapping", {"base_model_class": "system", "parent_library": "os"}),
+        ("no_such_key", 1),
+        ("r", 2**62),
+    ),
+    *(("rank_pattern", {"(": 1}), ("modules_to_save", ["lm_head"]), ("layers_to_transform", [99])),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(3))
+def test_an_adapter_that_lies_is_refused_by_name(world: World, part: int) -> None:
+    def load(world: World, folder: Path) -> object:
+        return sf.load(folder, base=world.base)
+
+    config = world.root / "run" / "adapter_config.json"
+    whole = json.loads(config.read_text())
+    damages = [json.dumps({**whole, key: new}).encode() for key, new in ADAPTER]
+    damages += [b"", b"[]", b"\xff", json.dumps({"peft_type": "LORA"}).encode()]
+    outcomes = {each: attempt(world, config, each, load) for each in damages[part::3]}
+    problems = {what: each for each, what in outcomes.items() if what not in ("read", "refused")}
+    assert not problems
+    assert "refused" in outcomes.values()
+    if part == 0:
+        assert attempt(world, config, config.read_bytes(), load) == "read"

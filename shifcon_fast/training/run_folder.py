@@ -178,7 +178,7 @@ def load(
             ).eval()
     except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
-            f"{folder}: its adapter does not fit the base model {str(source)!r}: {error}"
+            f"{folder}: its adapter does not fit the base model {str(source)!r} ({', '.join(ADAPTER)}): {error}"
         ) from error
     stop_at(model, card["end_of_turn"])
     if card["area"] is not None:
