@@ -430,7 +430,9 @@ def test_doctor_names_every_operator_and_its_backend() -> None:
     assert "operators" in shifcon("doctor").text
 
 
-@pytest.mark.parametrize("command", ["doctor", "profile", "train", "evaluate", "generate", "report", "demo"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "profile", "sweep", "train", "evaluate", "generate", "report", "demo"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     helped = shifcon(command, "--help")
     assert helped.code == 0

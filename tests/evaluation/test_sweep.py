@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,23 @@ import pytest
 
 import shifcon_fast as sf
 from shifcon_fast.data.questions import Question
+from shifcon_fast.evaluation import area_effects
 from shifcon_fast.evaluation import sweep_plot as plots
 from shifcon_fast.evaluation.area_effects import EffectMeter
-from shifcon_fast.evaluation.perplexity import measure_perplexity
+from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
+from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
 from shifcon_fast.evaluation.questions import answer_questions
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.evaluation.sweep import candidate_areas, sweep_area
 from shifcon_fast.evaluation.sweep_section import sweep_table
 from shifcon_fast.modeling.attach import attach
+from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.area_sweep import FILE_NAME, AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
 
-QUESTIONS = [
-    Question(row, language, text.format(name), "Rome")
+QUESTIONS = [  # the first two with choices, the others to be generated
+    Question(row, language, text.format(name), "Rome", ("Rome", "bread", "fish") if row < 2 else ())
     for row, name in enumerate(["Ada", "Ben", "Cem", "Dina"])
     for language, text in (("en", "{} lives in ?"), ("sw", "{} anaishi ?"))
 ]
@@ -93,9 +98,36 @@ def test_answers_are_those_of_an_attached_model(found, tiny_model, word_tokenize
     assert set(found.right) == {"en", "sw"}
     model = tiny_model()
     with attach(model, space, 1, 3) as handle:
-        outcomes = answer_questions(model, word_tokenizer, of_sw, handle=handle, max_new_tokens=2)
+        outcomes = [
+            *measure_multiple_choice(model, word_tokenizer, of_sw[:2], handle=handle),
+            *answer_questions(model, word_tokenizer, of_sw[2:], handle=handle, max_new_tokens=2),
+        ]
     area = next(area for area in found.areas if area.candidate == (1, 3, 1.0))
     assert area.right == {"sw": [outcome.correct for outcome in outcomes]}
+
+
+def test_a_shift_that_destroys_the_model_is_measured_all_the_same(
+    tiny_model, word_tokenizer, space, parallel_text, monkeypatch
+) -> None:
+    def overflowing(*given: Any, handle: Any, **options: Any) -> Perplexity:
+        found = measure_perplexity(*given, handle=handle, **options)
+        return found if handle is None else replace(found, nll=[math.nan, *found.nll[1:]])
+
+    def asked(*given: Any, handle: Any, **options: Any) -> list[Any]:
+        assert handle is None  # logits that are not finite answer nothing
+        return measure_multiple_choice(*given, handle=handle, **options)
+
+    monkeypatch.setattr(area_effects, "measure_perplexity", overflowing)
+    monkeypatch.setattr(area_effects, "measure_multiple_choice", asked)
+    found = sweep_area(
+        *(tiny_model(), word_tokenizer, space, parallel_text, QUESTIONS), areas=[(1, 3)], **OPTIONS
+    )
+    area = found.areas[0]
+    assert area.nll["sw"][0] is None
+    assert found.worst(area)[1] == math.inf
+    assert area.right == {"sw": [False] * 4}
+    assert "beyond range" in sweep_table(found)
+    assert recommend_area(space).span is None
 
 
 def test_every_candidate_is_measured_and_the_pivot_is_not(found) -> None:
