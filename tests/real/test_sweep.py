@@ -15,6 +15,8 @@ from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
 
+pytestmark = pytest.mark.timeout(900)  # a real model on a busy machine
+
 LANGUAGES = ("en", "de", "sw")
 AREAS = [(5, 10), (10, 20), (20, 25)]
 
@@ -27,14 +29,14 @@ def sentences(shifcon_data: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def space(_smollm2_once: Any, sentences: list[dict[str, str]]) -> LanguageSpace:
-    text = {code: [row[code] for row in sentences[:16]] for code in LANGUAGES}
+    text = {code: [row[code] for row in sentences[:12]] for code in LANGUAGES}
     model, tokenizer = _smollm2_once.model, _smollm2_once.tokenizer
     return sf.estimate_space(model, tokenizer, text, subspaces=False, progress=False)
 
 
 @pytest.fixture(scope="module")
 def text(sentences: list[dict[str, str]]) -> dict[str, list[str]]:
-    return {code: [row[code] for row in sentences[16:22]] for code in LANGUAGES}
+    return {code: [row[code] for row in sentences[12:15]] for code in LANGUAGES}
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +50,24 @@ def swept(
         text,
         cldr_rows(LANGUAGES, split="dev", kinds=("language",)),
         areas=AREAS,
-        alpha=(0.1, 1.0),
-        max_questions=6,
+        max_questions=4,
         output=tmp_path_factory.mktemp("sweep"),
         progress=False,
     )
 
 
 def test_the_shift_costs_perplexity_but_does_not_destroy_the_model(swept: AreaSweep) -> None:
-    full = {area.candidate: swept.worst(area)[1] for area in swept.areas if area.alpha == 1.0}
-    assert all(1.0 < ratio < 10 for ratio in full.values()), full
-    assert full[10, 20, 1.0] > 1.1
-    for area in swept.areas:
-        if area.alpha == 0.1:
-            assert swept.worst(area)[1] < full[area.forward, area.backward, 1.0]
+    ratios = {area.candidate[:2]: swept.worst(area)[1] for area in swept.areas}
+    assert list(ratios) == AREAS
+    assert all(1.0 < ratio < 10 for ratio in ratios.values()), ratios  # with sinks in the vectors: thousands
+    assert ratios[10, 20] > 1.1
 
 
 def test_the_decision_is_by_what_was_measured(swept: AreaSweep, space: LanguageSpace) -> None:
-    area = sf.recommend_area(space, alpha=1.0)
-    within = [each for each in swept.areas if each.alpha == 1.0 and swept.worst(each)[1] <= 1.1]
-    assert area.span is None or area.span in [(each.forward, each.backward) for each in within]
-    assert sf.recommend_area(space, alpha=1.0, max_perplexity_rise=0.0).span is None
+    assert space.sweep is swept
+    within = [each.candidate[:2] for each in swept.areas if swept.worst(each)[1] <= 1.1]
+    assert sf.recommend_area(space).span in (None, *within)
+    assert sf.recommend_area(space, max_perplexity_rise=0.0).span is None
 
 
 def test_the_figures_are_those_of_the_attached_model(
@@ -80,5 +79,5 @@ def test_the_figures_are_those_of_the_attached_model(
             open_smollm2.model, open_smollm2.tokenizer, text["sw"], language="sw", handle=handle
         )
     assert area.nll["sw"] == pytest.approx(measured.nll, rel=1e-4)
-    assert len(swept.rows["sw"]) == len(swept.right["en"]) == len(area.right["sw"]) == 6
+    assert len(swept.rows["sw"]) == len(swept.right["en"]) == len(area.right["sw"]) == 4
     assert all(0 < dose < 1 for dose in area.dose["de"] + area.dose["sw"])
