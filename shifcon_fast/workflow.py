@@ -11,37 +11,36 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
-from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
 from shifcon_fast.data.few_shot import read_few_shot, read_prompt_template
 from shifcon_fast.data.instructions import read_instructions
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
-from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
 from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
-from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison, compare
+from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, compare
 from shifcon_fast.evaluation.sweep import sweep_area
 from shifcon_fast.evaluation.sweep_plot import sweep_plot
 from shifcon_fast.evaluation.sweep_section import sweep_table
 from shifcon_fast.modeling.estimate import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
+from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files
-from shifcon_fast.space.area import Area, dose_warning, recommend_area
+from shifcon_fast.space.area import dose_warning, recommend_area
 from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP_FILE
 from shifcon_fast.space.area_sweep import AreaSweep, vectors_sha256
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, replacing, retract, write_file, write_json
+from shifcon_fast.tables import comparison_table, result_table, space_table
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
-from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import ADAPTER, FILES, load, read_card
+from shifcon_fast.training.run_folder import ADAPTER, FILES, read_card
 from shifcon_fast.training.setup import choose_area
 from shifcon_fast.training.trainer import ShifConTrainer
 
@@ -50,72 +49,6 @@ COMPARISON, AGAINST = "comparison.json", "against"
 _BESIDE_EVALUATION = (COMPARISON, f"{AGAINST}/{FILE_NAME}")
 
 logger = logging.getLogger(__name__)
-
-
-def open_model(
-    name: str,
-    *,
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-    base: str | None = None,
-) -> tuple[Any, Any]:
-    """Open a run folder (attached), a model folder or a Hugging Face id, frozen and in eval mode.
-
-    Args:
-        name: which.
-        quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
-        trust_remote_code: run code that comes with the model.
-        base: the base model of a run, if it is no longer where it was.
-
-    Returns:
-        The model and its tokenizer. ``generate`` stops where the run's responses end; for other models, where the
-        tokenizer's chat template ends a turn and where the model's own settings say. Where these differ, that is
-        logged.
-    """
-    if not _is_run(name):
-        model = load_quantized(
-            name,
-            quantization=quantization or "nf4",  # type: ignore[arg-type]
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer = _tokenizer(name, trust_remote_code)
-        _end_turns_as_the_template_does(name, model, tokenizer)
-        return model, tokenizer
-    card = read_card(name)
-    model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
-    source = name if (Path(name) / "tokenizer_config.json").is_file() else base or card["base_model"]
-    tokenizer = _tokenizer(source, trust_remote_code)
-    if not card["training"].get("use_chat_template", True):
-        tokenizer.chat_template = None  # so that prompts look as they did in training
-    return model, tokenizer
-
-
-def _end_turns_as_the_template_does(name: str, model: Any, tokenizer: Any) -> None:
-    own = stopping_ids(model.generation_config, ())
-    stop_at(model, end_of_turn(tokenizer))
-    ends = stopping_ids(model.generation_config, ())
-    if not ends:
-        warn_once(NOTHING_ENDS_A_TURN)
-    elif ends != own and set(ends) != set(own):
-        logger.warning(
-            "%s: the model's generation settings end answers at %s; its tokenizer ends a turn with %s, so answers "
-            "end there as well",
-            name,
-            " ".join(tokenizer.convert_ids_to_tokens(own)) or "nothing",
-            tokenizer.convert_ids_to_tokens(ends[0]),
-        )
-
-
-def _is_run(name: str) -> bool:
-    """Also an unfinished one, which ``read_card`` then refuses with advice."""
-    return (Path(name) / CARD).is_file() or bool(Path(name).is_dir() and list_checkpoints(name))
-
-
-def _tokenizer(source: str, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: {source} has no tokenizer that can be loaded: {error}") from error
 
 
 def profile(
@@ -162,7 +95,7 @@ def profile(
         (staging / DISTANCE_PLOT).write_bytes(plot)
     warning = dose_warning(space, *area.span) if area.span else None
     lines = [
-        _space_table(space, area),
+        space_table(space, area),
         "",
         area.reason,
         *([f"warning: {warning}"] if warning else []),
@@ -196,19 +129,6 @@ def _pivot_of(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
     return found
 
 
-def _space_table(space: LanguageSpace, area: Area) -> str:
-    others = [language for language in space.languages if language != space.pivot]
-    lines = ["boundary  distance  noise floor  excess  dose   sink share"]
-    for k in range(space.num_boundaries):
-        dose = sum(space.dose(k, language) for language in others) / len(others)
-        mark = " <" if area.span is not None and area.span[0] <= k < area.span[1] else ""
-        lines.append(
-            f"{k:8}  {area.distances[k]:8.2f}  {area.floor[k]:11.2f}  {area.excess[k]:6.0%}  {dose:5.2f}  "
-            f"{float(space.sink_share[k].mean()):10.3f}{mark}"
-        )
-    return "\n".join(lines)
-
-
 def sweep(
     model: str,
     space: Path,
@@ -228,7 +148,7 @@ def sweep(
     """
     output = output if output is not None else space
     loaded_space = LanguageSpace.load(space)
-    if _is_run(model):
+    if is_run(model):
         raise ValueError(
             f"model: {model} is a run, trained for its own area; wanted the model before training"
         )
@@ -272,7 +192,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     if space is not None and space.sweep is not None:
         choose_area(arguments, space)  # a sweep that speaks against the shift stops the run here
 
-    tokenizer = _tokenizer(run.model, run.trust_remote_code)
+    tokenizer = load_tokenizer(run.model, run.trust_remote_code)
     targets = run.lora_target_modules
     set_seed(arguments.seed)  # the adapters are drawn when they are made, before the trainer seeds
     model = load_quantized(
@@ -366,7 +286,7 @@ def evaluate(
     if parallel is None and questions is None:
         raise ValueError("parallel, questions: neither given; wanted at least one to measure on")
     if pivot is None:
-        pivot = (read_card(model)["pivot"] if _is_run(model) else None) or "en"
+        pivot = (read_card(model)["pivot"] if is_run(model) else None) or "en"
     text = None
     if parallel is not None:
         wanted = None if languages is None else list(languages)
@@ -397,7 +317,7 @@ def evaluate(
     result = _measure(model, settings, options, sources)
     with replacing(output, FILE_NAME, _BESIDE_EVALUATION) as staging:
         result.save(staging)
-    lines = [_result_table(result)]
+    lines = [result_table(result)]
     if against is not None:
         boundary = next((found.matrix_boundary for found in result.retrieval.values()), None)
         other = other or _measure(against, {**settings, "matrix_boundary": boundary}, options, sources)
@@ -406,7 +326,7 @@ def evaluate(
             result.save(staging)
             other.save(staging / AGAINST)
             write_json(staging / COMPARISON, comparison.to_json())
-        lines += ["", _comparison_table(comparison), *_asked_otherwise(result, other)]
+        lines += ["", comparison_table(comparison), *_asked_otherwise(result, other)]
     return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
 
 
@@ -423,7 +343,7 @@ def _measure(
 
 def _earlier_result(folder: str) -> EvaluationResult | None:
     """The result that an evaluation folder holds; None for a model or a run."""
-    is_evaluation = (Path(folder) / FILE_NAME).is_file() and not _is_run(folder)
+    is_evaluation = (Path(folder) / FILE_NAME).is_file() and not is_run(folder)
     return EvaluationResult.load(folder) if is_evaluation else None
 
 
@@ -435,74 +355,6 @@ def _asked_otherwise(result: EvaluationResult, other: EvaluationResult) -> list[
         if result.outcomes and result.settings.get(name) != other.settings.get(name)
     ]
     return [f"note: the two differ in {', '.join(names)}: they were not asked the same"] * bool(names)
-
-
-def _result_table(result: EvaluationResult) -> str:
-    accuracy, perplexity = result.accuracy(), result.perplexity.get(result.mode, {})
-    scores = result.retrieval[result.mode].scores if result.retrieval else {}
-    lines = [f"{result.model} ({result.mode})"]
-    if accuracy or perplexity:
-        lines.append("language  correct              perplexity  MEXA (mean, best boundary)")
-    for language in dict.fromkeys([*accuracy, *perplexity]):
-        correct = (
-            f"{accuracy[language].estimate:6.1%} [{accuracy[language].low:.1%}, {accuracy[language].high:.1%}]"
-            if language in accuracy
-            else "-"
-        )
-        fluent = f"{perplexity[language].value:10.2f}" if language in perplexity else "         -"
-        mexa = scores[language].mexa if language in scores else []
-        aligned = f"{sum(mexa) / len(mexa):.2f}, {max(mexa):.2f}" if mexa else "-"
-        lines.append(f"{language:8}  {correct:23}  {fluent}  {aligned}")
-    return "\n".join([*lines, *_choice_lines(result)])
-
-
-def _choice_lines(result: EvaluationResult) -> list[str]:
-    """Right choices by language in every mode, and what the shift does to them."""
-    if not result.multiple_choice:
-        return []
-    used = result.multiple_choice[result.mode]
-    columns = {
-        f"{name} {mode}": choice_accuracy(outcomes, normalised=name == "acc_norm")
-        for mode, outcomes in result.multiple_choice.items()
-        for name in ("acc", "acc_norm")
-    }
-    effect = choice_differences(used, result.multiple_choice["unshifted"]) if result.mode == "shifted" else {}
-    header = [
-        "language",
-        *(f"{name:21}" for name in columns),
-        *(["acc, shifted - unshifted"] if effect else []),
-    ]
-    lines = ["  ".join(header)]
-    for language in choice_accuracy(used):
-        cells = [
-            f"{interval.estimate:6.1%} [{interval.low:.1%}, {interval.high:.1%}]"
-            for interval in (found[language] for found in columns.values())
-        ]
-        if effect:
-            change = effect[language]
-            noise = "" if change.excludes_zero else "  within noise"
-            cells.append(
-                f"{100 * change.estimate:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]{noise}"
-            )
-        lines.append("  ".join([f"{language:8}", *(f"{cell:21}" for cell in cells)]).rstrip())
-    return lines
-
-
-def _comparison_table(comparison: PairedComparison) -> str:
-    lines = [f"{comparison.model} minus {comparison.against}, 95 % intervals of a paired bootstrap"]
-    for title, unit, intervals in (
-        ("correct answers", 100.0, comparison.accuracy),
-        ("right choices", 100.0, comparison.choice_accuracy),
-        ("per character", 100.0, comparison.choice_accuracy_norm),
-        ("log perplexity", 1.0, comparison.log_perplexity),
-    ):
-        for language, interval in intervals.items():
-            verdict = "" if interval.excludes_zero else "  within noise"
-            lines.append(
-                f"  {title:16} {language:4} {unit * interval.estimate:+8.3f} "
-                f"[{unit * interval.low:+.3f}, {unit * interval.high:+.3f}]{verdict}"
-            )
-    return "\n".join(lines)
 
 
 def generate(

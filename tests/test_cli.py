@@ -26,8 +26,8 @@ from shifcon_fast import storage, workflow
 from shifcon_fast.cli import app
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.opening import open_model
 from shifcon_fast.training.trainer import ShifConTrainer
-from shifcon_fast.workflow import open_model
 
 Rows = list[dict[str, object]]
 

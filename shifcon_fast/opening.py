@@ -1,0 +1,88 @@
+"""Opening what ``--model`` names: a run folder (attached), a model folder or a Hugging Face id."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
+from shifcon_fast.training.checkpoints import CARD, list_checkpoints
+from shifcon_fast.training.generation import stop_at
+from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.training.run_folder import load, read_card
+
+logger = logging.getLogger(__name__)
+
+
+def open_model(
+    name: str,
+    *,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    base: str | None = None,
+) -> tuple[Any, Any]:
+    """Open a run folder (attached), a model folder or a Hugging Face id, frozen and in eval mode.
+
+    Args:
+        name: which.
+        quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
+        trust_remote_code: run code that comes with the model.
+        base: the base model of a run, if it is no longer where it was.
+
+    Returns:
+        The model and its tokenizer. ``generate`` stops where the run's responses end; for other models, where the
+        tokenizer's chat template ends a turn and where the model's own settings say. Where these differ, that is
+        logged.
+    """
+    if not is_run(name):
+        model = load_quantized(
+            name,
+            quantization=quantization or "nf4",  # type: ignore[arg-type]
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(name, trust_remote_code)
+        _end_turns_as_the_template_does(name, model, tokenizer)
+        return model, tokenizer
+    card = read_card(name)
+    model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+    source = name if (Path(name) / "tokenizer_config.json").is_file() else base or card["base_model"]
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    if not card["training"].get("use_chat_template", True):
+        tokenizer.chat_template = None  # so that prompts look as they did in training
+    return model, tokenizer
+
+
+def _end_turns_as_the_template_does(name: str, model: Any, tokenizer: Any) -> None:
+    own = stopping_ids(model.generation_config, ())
+    stop_at(model, end_of_turn(tokenizer))
+    ends = stopping_ids(model.generation_config, ())
+    if not ends:
+        warn_once(NOTHING_ENDS_A_TURN)
+    elif ends != own and set(ends) != set(own):
+        logger.warning(
+            "%s: the model's generation settings end answers at %s; its tokenizer ends a turn with %s, so answers "
+            "end there as well",
+            name,
+            " ".join(tokenizer.convert_ids_to_tokens(own)) or "nothing",
+            tokenizer.convert_ids_to_tokens(ends[0]),
+        )
+
+
+def is_run(name: str) -> bool:
+    """Whether a folder is a run's; also an unfinished one's, which ``read_card`` then refuses with advice."""
+    return (Path(name) / CARD).is_file() or bool(Path(name).is_dir() and list_checkpoints(name))
+
+
+def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder or a Hugging Face id.
+
+    Raises:
+        ValueError: there is none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {source} has no tokenizer that can be loaded: {error}") from error
