@@ -28,7 +28,7 @@ def naive(opened: Any, question: Question, delimiter: str) -> list[float]:
 @pytest.mark.parametrize("opened", ["open_smollm2", "open_gemma3"])
 def test_scores_are_those_of_whole_texts(opened: str, request: pytest.FixtureRequest) -> None:
     real = request.getfixturevalue(opened)
-    asked = read_questions(cldr_rows(["en", "sw", "th"], split="dev"))[::60]
+    asked = read_questions(cldr_rows(["en", "sw", "th"], split="dev"))[::25]
     assert {question.language for question in asked} == {"en", "sw", "th"}
     for question, outcome in zip(
         asked, measure_multiple_choice(real.model, real.tokenizer, asked), strict=True
