@@ -98,12 +98,25 @@ class SideBySide:
                 on_end(number)
             return results
         try:
+            self._start_processes(self._pool, len(jobs))
             return self._run(self._pool, jobs, on_steps, on_end)
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"one of {self.processes} processes that ran side by side was ended from outside, as systems do "
                 "when memory runs out; run fewer at a time (`--jobs 1`)"
             ) from error
+
+    def _start_processes(self, pool: ProcessPoolExecutor, jobs: int) -> None:
+        """Have the processes there before the first job.
+
+        The pool begins to watch for the death of a process at the next result that it gets after starting it
+        (CPython 3.11 wakes its watcher before the start), so a job's process that dies at once could go
+        unnoticed until another job ends.
+        """
+        with _what_children_inherit():
+            ready = [pool.submit(_is_ready) for _ in range(min(self.processes, jobs))]
+        for future in ready:
+            future.result()
 
     def _run(
         self, pool: ProcessPoolExecutor, jobs: Sequence[Job], on_steps: Report, on_end: Callable[[int], None]
@@ -180,6 +193,10 @@ def _watch(stop: Connection) -> None:
     parent.join()
     _idle.wait(_TIME_TO_SAVE)
     os._exit(1)  # nobody is there to tell what became of the job
+
+
+def _is_ready() -> None:
+    """What a process does first."""
 
 
 def _run(job: Job, around: Callable[[], AbstractContextManager[Any]]) -> Any:

@@ -136,4 +136,4 @@ def _factor(ratio: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no negative zero

@@ -444,7 +444,7 @@ def test_large_bases_are_announced(
         run(model, tokenizer, parallel_text)
         assert caplog.records == []
         run(model, tokenizer, parallel_text, rank=2, memory_gib=1e-6)
-    assert "pass rank= to cap them (median rank: 2)" in caplog.text
+    assert "rank= (--rank) caps them (median rank: 2)" in caplog.text
 
 
 def test_progress_is_shown_on_request(
