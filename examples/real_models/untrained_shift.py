@@ -59,6 +59,7 @@ def measure(options: argparse.Namespace) -> None:
     folder = fetch(options.model, None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
+    model.config._name_or_path = options.model  # the folder's place is this machine's
     text = read_parallel(options.parallel, languages=languages)
     space = sf.estimate_space(
         model, tokenizer, {code: each[:200] for code, each in text.items()}, pivot=languages[0]
