@@ -32,7 +32,7 @@ from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.area import dose_warning, recommend_area
 from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP_FILE
-from shifcon_fast.space.area_sweep import AreaSweep, vectors_sha256
+from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, replacing, retract, write_file, write_json
 from shifcon_fast.tables import comparison_table, result_table, space_table
@@ -113,7 +113,7 @@ def _sweep_beside(space: LanguageSpace, folder: Path) -> list[str]:
         found = AreaSweep.load(folder)
     except ValueError as error:
         return [f"{error}: {advice}"]
-    if found.identity.get("vectors_sha256") != vectors_sha256(space):
+    if found.identity.get("vectors_sha256") != space.vectors_sha256:
         return [f"{folder / SWEEP_FILE} is of an earlier language space: {advice}"]
     space.sweep = found
     return []

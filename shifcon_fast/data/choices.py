@@ -8,7 +8,7 @@ from typing import Any
 from shifcon_fast.data.answers import Answer, check_answer
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language
-from shifcon_fast.data.rows import Row, check_text
+from shifcon_fast.data.row import Row, check_text
 
 
 def answer_and_choices(row: Row, language: str) -> tuple[Answer, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from shifcon_fast.data.languages import field_kind, is_code, refuse_repeated
-from shifcon_fast.data.rows import Row, is_missing
+from shifcon_fast.data.row import Row, is_missing
 
 logger = logging.getLogger(__name__)
 

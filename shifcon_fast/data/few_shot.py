@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import check_text, read_rows
+from shifcon_fast.data.row import check_text
+from shifcon_fast.data.rows import read_rows
 
 PLACE = "{question}"
 """Where the question goes in a template."""

@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import FILE_KINDS, Row
+from shifcon_fast.data.row import Row
 
 logger = logging.getLogger(__name__)
+
+FILE_KINDS = "JSON Lines, a JSON array, CSV, TSV or Parquet, also compressed"
 
 _COMPRESSED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,

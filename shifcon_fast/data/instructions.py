@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.rows import Row, Source, check_text, read_rows
+from shifcon_fast.data.row import Row, check_text
+from shifcon_fast.data.rows import Source, read_rows
 
 Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")

@@ -9,7 +9,8 @@ from typing import Any
 from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.languages import find_language, nearest, refuse_repeated
-from shifcon_fast.data.rows import Row, Source, check_text, is_missing, read_rows, source_name
+from shifcon_fast.data.row import Row, check_text, is_missing
+from shifcon_fast.data.rows import Source, read_rows, source_name
 
 _DROP = ", or allow_missing (--allow-missing) to drop the row"
 

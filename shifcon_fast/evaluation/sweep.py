@@ -35,7 +35,6 @@ from shifcon_fast.space.area_sweep import (
     Candidate,
     ShiftedRetrieval,
     SweptArea,
-    vectors_sha256,
 )
 from shifcon_fast.space.language_space import LanguageSpace
 
@@ -314,7 +313,7 @@ def _identity(
     questions = [vars(question) for question in asked]
     return {
         "model": model_fingerprint(model),
-        "vectors_sha256": vectors_sha256(space),
+        "vectors_sha256": space.vectors_sha256,
         "sentences": len(text[space.pivot]),
         "parallel_sha256": _sha256(text),
         "questions": len(questions),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shifcon_fast.space.area_decision import decide
-from shifcon_fast.space.area_sweep import AreaSweep, check_belongs
+from shifcon_fast.space.area_sweep import FILE_NAME, AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
 
 
@@ -151,6 +151,14 @@ def dose_warning(space: LanguageSpace, forward: int, backward: int, alpha: float
     )
 
 
+def _check_belongs(sweep: AreaSweep, space: LanguageSpace) -> None:
+    if sweep.identity.get("vectors_sha256") != space.vectors_sha256:
+        raise ValueError(
+            f"sweep: it was made with other language vectors than this space's; sweep again (`shifcon sweep "
+            f"--overwrite`), or delete its {FILE_NAME}"
+        )
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -219,7 +227,7 @@ def recommend_area(
     proposal: dict[str, Any] = {"tolerance": tolerance, "min_width": min_width, "max_width": max_width}
     if sweep is None:
         return propose_area(space, **proposal)
-    check_belongs(sweep, space)
+    _check_belongs(sweep, space)
     rise = sweep.max_perplexity_rise if max_perplexity_rise is None else max_perplexity_rise
     chosen, reason = decide(
         sweep, alpha=alpha, max_perplexity_rise=rise, min_width=min_width or 1, max_width=max_width

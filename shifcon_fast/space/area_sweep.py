@@ -6,19 +6,15 @@ from them. Sentences and questions are kept one by one, so that differences are 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import TypedDict
 
 from shifcon_fast.storage import read_json, write_json
-
-if TYPE_CHECKING:
-    from shifcon_fast.space.language_space import LanguageSpace
 
 FILE_NAME = "sweep.json"
 FORMAT_VERSION = 1
@@ -279,22 +275,6 @@ class AreaSweep:
             "mexa": self.retrieval_change(area, "mexa"),
             "accuracy_change": None if accuracy is None else accuracy.estimate,
         }
-
-
-def vectors_sha256(space: LanguageSpace) -> str:
-    """SHA-256 of a space's language vectors with their languages and pivot: all that the shift depends on."""
-    digest = hashlib.sha256("\n".join([space.pivot, *space.languages]).encode())
-    digest.update(space.mean.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_belongs(sweep: AreaSweep, space: LanguageSpace) -> None:
-    """Raise ValueError unless the sweep was made with these language vectors."""
-    if sweep.identity.get("vectors_sha256") != vectors_sha256(space):
-        raise ValueError(
-            f"sweep: it was made with other language vectors than this space's; sweep again (`shifcon sweep "
-            f"--overwrite`), or delete its {FILE_NAME}"
-        )
 
 
 def _or_none(value: float) -> float | None:

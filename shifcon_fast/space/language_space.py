@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,13 @@ class LanguageSpace:
     def boundaries(self) -> tuple[int, ...]:
         """The boundaries that were estimated."""
         return tuple(torch.isfinite(self.mean).all(dim=(1, 2)).nonzero().flatten().tolist())
+
+    @property
+    def vectors_sha256(self) -> str:
+        """SHA-256 of the language vectors with their languages and pivot: all that the shift depends on."""
+        digest = hashlib.sha256("\n".join([self.pivot, *self.languages]).encode())
+        digest.update(self.mean.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def language_id(self, language: str) -> int:
         """Position of a language's code, in whatever form (``swh_Latn`` for ``sw``).

@@ -21,7 +21,6 @@ from shifcon_fast.space.area_sweep import (
     Nats,
     ShiftedRetrieval,
     SweptArea,
-    vectors_sha256,
 )
 from shifcon_fast.space.language_space import LanguageSpace
 
@@ -248,7 +247,7 @@ def space() -> LanguageSpace:
 
 
 def of(space: LanguageSpace, sweep: AreaSweep) -> AreaSweep:
-    sweep.identity = {"vectors_sha256": vectors_sha256(space)}
+    sweep.identity = {"vectors_sha256": space.vectors_sha256}
     return sweep
 
 
