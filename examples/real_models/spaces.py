@@ -102,8 +102,8 @@ class Collected:
 
         def visit(k: int, hidden: Tensor) -> None:
             hidden = hidden.float()
-            content, median = ordinary_tokens(hidden, later)
-            ratio = hidden.norm(dim=-1) / median[:, None]
+            content, median, norms = ordinary_tokens(hidden, later)
+            ratio = norms / median[:, None]
             self.ratios[k].append(ratio[later])
             self.firsts[k].append(ratio[first])
             self.medians[language][k, batch.rows] = median

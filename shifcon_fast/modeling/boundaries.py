@@ -64,7 +64,7 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     def pool(boundary: int, hidden_states: Tensor) -> None:
         mask = pool_mask.to(hidden_states.device)
         if not keep_massive:
-            mask, _ = ordinary_tokens(hidden_states, mask != 0)
+            mask, *_ = ordinary_tokens(hidden_states, mask != 0)
         mean = ops.masked_mean_pool(hidden_states, mask)
         table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
         if ids is not None and table is not None:

@@ -43,20 +43,20 @@ def content_mask(
 
 
 @torch.no_grad()
-def ordinary_tokens(hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of a mask that are not of massive norm, and the median norm that decides it.
+def ordinary_tokens(hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of a mask that are not of massive norm, and the norms that decide it.
 
     Args:
         hidden_states: (B, T, d) at one boundary.
         mask: (B, T) bool, see :func:`content_mask`.
 
     Returns:
-        (B, T) bool, at least half of each row's mask; and (B,) float32, the median ‖h‖ of each row's mask, NaN for
-        an empty row.
+        (B, T) bool, at least half of each row's mask; (B,) float32, the median ‖h‖ of each row's mask, NaN for an
+        empty row; and (B, T) float32, ‖h‖.
     """
     norms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32)
     medians = norms.masked_fill(~mask, torch.nan).nanmedian(dim=1).values
     massive = (
         norms > MASSIVE_NORM * medians[:, None]
     ) & norms.isfinite()  # what overflowed must show in the mean
-    return mask & ~massive, medians
+    return mask & ~massive, medians, norms

@@ -261,10 +261,9 @@ def _add_batch(
     def visit(_: int, hidden_states: Tensor) -> None:
         device = hidden_states.device
         attended = attention_mask.to(device) != 0
-        content, medians = ordinary_tokens(hidden_states, candidates.to(device))
+        content, medians, norms = ordinary_tokens(hidden_states, candidates.to(device))
         pooled = attended if official else content
         means = ops.masked_mean_pool(hidden_states, pooled, normalize=official).float()
-        norms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32)
         found["representations"].append(means)
         found["square_norms"].append((norms.square() * content).sum())
         found["tokens"].append(content.sum())

@@ -37,7 +37,8 @@ def test_tokens_of_massive_norm_are_left_out_against_the_median_of_the_mask(dtyp
     hidden = torch.zeros(2, 6, 5, dtype=dtype)
     hidden[..., 3] = norms.to(dtype)
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]).bool()
-    found, medians = ordinary_tokens(hidden, mask)
+    found, medians, lengths = ordinary_tokens(hidden, mask)
+    assert torch.equal(lengths, norms)
     assert MASSIVE_NORM == 3.0
     assert medians.tolist() == [1.25, 8.0]  # of 1, 1.25, 3, 3.75 the lower middle
     assert found.tolist() == [[False, True, True, True, True, False], [False, True, *[False] * 4]]
@@ -49,7 +50,7 @@ def test_empty_rows_and_broken_numbers() -> None:
     hidden = torch.ones(2, 3, 4)
     hidden[1, 2] = float("inf")
     mask = torch.tensor([[0, 0, 0], [1, 1, 1]]).bool()
-    found, medians = ordinary_tokens(hidden, mask)
+    found, medians, _ = ordinary_tokens(hidden, mask)
     assert torch.equal(found, mask), "an overflow is not taken for a sink: it has to show in the mean"
     assert medians[0].isnan()
     assert not medians.requires_grad
