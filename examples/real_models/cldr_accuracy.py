@@ -99,11 +99,13 @@ def summary(outcomes: list[ChoiceOutcome], language: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name and its widest instructions, as Linux has them."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} ({len(names)} logical)" if names else platform.processor()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    level = next((each for each in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if each in flags), "")
+    return f"{names[0]} ({len(names)} logical), {level}" if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from cldr_accuracy import processor
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -145,7 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "left_out": int((~usable).sum()),
         "languages": languages,
         "dtype": options.dtype,
-        "processor": _processor(),
+        "processor": processor(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -228,15 +229,6 @@ def _distances(data: dict[str, Tensor], rank: int | None) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    level = next((each for each in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if each in flags), "")
-    return f"{name or platform.processor() or platform.machine()}, {level}".rstrip(", ")
 
 
 def draw(folder: Path, picture: Path) -> None:
