@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import re
 import subprocess
 import sys
@@ -287,7 +288,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="targets compiled at the same time (default 2)")
     arguments = parser.parse_args()
     targets = arguments.target or list(TARGETS)
-    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        concurrent.futures.ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool,
+    ):
+        # Triton's own cache is shared by every clone on a machine, and what lies in it names the files of the clone
+        # that compiled it, which may be gone.
+        os.environ["TRITON_CACHE_DIR"] = compiled
         tables = pool.map(compile_for, targets, [arguments.only] * len(targets))
         rows = sorted(
             (row for table in tables for row in table),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,13 @@ def narrow_loads(variant: tuple[str, str], row: Row) -> list[str]:
 def test_what_the_compilers_make_of_every_variant(target: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     command = [sys.executable, str(REPOSITORY / "scripts/aot.py"), "--target", target, "--json", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    shared = tmp_path / "cache"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(shared)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, env=environment
+    )
     assert result.returncode == 0, result.stderr[-4000:]
+    assert not shared.exists(), "the cache that all clones share names the files of other clones"
     compiled = by_variant(json.loads(path.read_text(encoding="utf-8")))
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     committed = by_variant([row for row in table if row["target"] == target])
