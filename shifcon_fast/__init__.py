@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shifcon_fast import ops as ops
     from shifcon_fast.evaluation.sweep import sweep_area as sweep_area
     from shifcon_fast.modeling.attach import attach as attach
-    from shifcon_fast.modeling.estimate import estimate_space as estimate_space
+    from shifcon_fast.modeling.estimate_space import estimate_space as estimate_space
     from shifcon_fast.objective.mcl import mcl_loss as mcl_loss
     from shifcon_fast.space.area import recommend_area as recommend_area
     from shifcon_fast.space.language_space import LanguageSpace as LanguageSpace
@@ -28,7 +28,7 @@ _HOME = {
     "ShifConArguments": "shifcon_fast.training.arguments",
     "ShifConTrainer": "shifcon_fast.training.trainer",
     "attach": "shifcon_fast.modeling.attach",
-    "estimate_space": "shifcon_fast.modeling.estimate",
+    "estimate_space": "shifcon_fast.modeling.estimate_space",
     "load": "shifcon_fast.training.run_folder",
     "load_quantized": "shifcon_fast.training.quantization",
     "mcl_loss": "shifcon_fast.objective.mcl",

@@ -26,7 +26,7 @@ from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, compare
 from shifcon_fast.evaluation.sweep import sweep_area
 from shifcon_fast.evaluation.sweep_plot import sweep_plot
 from shifcon_fast.evaluation.sweep_section import sweep_table
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files

@@ -21,7 +21,7 @@ from shifcon_fast.data.questions import read_questions
 from shifcon_fast.demo.settings import DemoSettings
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import FILE_NAME
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, replacing, write_json

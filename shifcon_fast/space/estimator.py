@@ -44,7 +44,7 @@ class SpaceEstimator:
         num_boundaries: L, the number of decoder blocks.
         hidden_size: d.
         subspaces: whether to estimate subspaces and distances; without, no sentence matrices are kept.
-        rank, variance: see :func:`~shifcon_fast.modeling.estimate.estimate_space`.
+        rank, variance: see :func:`~shifcon_fast.modeling.estimate_space.estimate_space`.
         batch_means: average the batches' means, each batch counting once, instead of the sentences (``official``).
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.language_space import LanguageSpace
 
 

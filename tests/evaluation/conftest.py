@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shifcon_fast.modeling.attach import ShiftHandle, attach
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.language_space import LanguageSpace
 
 

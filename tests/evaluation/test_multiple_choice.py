@@ -12,7 +12,7 @@ import torch
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome, measure_multiple_choice
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 
 QUESTIONS = [
     Question(0, "en", "Ada lives in", "Rome", ("Rome", "a red cat", "bread and fish and bread")),

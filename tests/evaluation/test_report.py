@@ -18,7 +18,7 @@ from shifcon_fast.evaluation.page import Cell, KeyFigure, KeyFigures, Picture, S
 from shifcon_fast.evaluation.report import report_folder, write_report
 from shifcon_fast.evaluation.result import PairedComparison, compare
 from shifcon_fast.evaluation.sections import comparison_sections
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.area import recommend_area
 
 

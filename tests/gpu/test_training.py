@@ -13,7 +13,7 @@ from torch import Tensor
 import shifcon_fast as sf
 from shifcon_fast import ops
 from shifcon_fast.data.instructions import Instruction
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.quantization import nf4_problem
 from shifcon_fast.training.trainer import ShifConTrainer

@@ -14,7 +14,7 @@ from shifcon_fast.evaluation.retrieval import sentence_representations
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.content import MASSIVE_NORM, content_mask, ordinary_tokens
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.objective.mcl import contrastive_representations
 from shifcon_fast.training.contrastive_data import ContrastiveSampler
 

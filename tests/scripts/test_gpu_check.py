@@ -335,7 +335,7 @@ import json, sys
 from importlib.metadata import packages_distributions
 import bitsandbytes, peft, pytest, pytest_benchmark
 import shifcon_fast as sf
-import shifcon_fast.modeling.estimate, shifcon_fast.training.trainer
+import shifcon_fast.modeling.estimate_space, shifcon_fast.training.trainer
 sf.load_quantized, sf.LanguageSpace, sf.mcl_loss
 owners = packages_distributions()
 names = {module.partition(".")[0] for module in sys.modules}

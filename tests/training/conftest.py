@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from shifcon_fast.data.instructions import Instruction
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.quantization import load_quantized

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 import shifcon_fast as sf
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.training.trainer import ShifConTrainer
 

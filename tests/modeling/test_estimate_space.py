@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 import shifcon_fast
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.modeling.estimate import estimate_space
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.space.estimator import split_halves
 from shifcon_fast.space.language_space import LanguageSpace
