@@ -35,7 +35,7 @@ from shifcon_fast.evaluation.sentences import SentenceBatch, sentence_batches
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.boundaries import visit_boundaries
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
-from shifcon_fast.space.estimator import split_halves
+from shifcon_fast.space.accumulator import split_halves
 from shifcon_fast.space.subspace import common_ridge, principal_subspace, subspace_distance
 from shifcon_fast.version import __version__
 

@@ -26,7 +26,7 @@ from shifcon_fast.modeling.boundaries import visit_boundaries
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
-from shifcon_fast.space.estimator import SpaceEstimator
+from shifcon_fast.space.accumulator import SpaceAccumulator
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.version import __version__
 
@@ -106,7 +106,7 @@ def estimate_space(
     pivot = find_language(pivot, sentences) or pivot  # as the data writes it
     official = recipe == "official"
     tokens = _tokenize(tokenizer, sentences, decoder.module, max_length, official)
-    estimator = SpaceEstimator(
+    accumulator = SpaceAccumulator(
         {language: len(texts) for language, texts in tokens.items()},
         pivot,
         num_boundaries=decoder.num_boundaries,
@@ -117,7 +117,7 @@ def estimate_space(
         batch_means=official,
     )
     batches = list(_batches(tokens, batch_size, sort=not official))
-    ranges = estimator.ranges(wanted, memory_bytes=memory_gib * 2**30)
+    ranges = accumulator.ranges(wanted, memory_bytes=memory_gib * 2**30)
 
     total = sum(len(texts) for texts in tokens.values())
     with (
@@ -126,9 +126,9 @@ def estimate_space(
         torch.no_grad(),
     ):
         for selected in ranges:
-            with estimator.boundary_range(selected):
+            with accumulator.boundary_range(selected):
                 for batch in batches:
-                    _add_batch(model, tokenizer, estimator, batch, boundaries=selected, official=official)
+                    _add_batch(model, tokenizer, accumulator, batch, boundaries=selected, official=official)
                     bar.update(len(batch.positions))
                 bar.set_postfix_str(f"boundaries {selected[0]}–{selected[-1]}")
 
@@ -142,12 +142,12 @@ def estimate_space(
             "python": platform.python_version(),
         },
         "recipe": recipe,
-        "rank": estimator.rank,
+        "rank": accumulator.rank,
         "variance": variance,
         "max_length": max_length,
         "batch_size": batch_size,
     }
-    space = estimator.finish(card)
+    space = accumulator.finish(card)
     size = sum(basis.nbytes for basis in space.bases.values())
     if size > memory_gib * 2**30:
         logger.warning(
@@ -244,7 +244,7 @@ def _batches(tokens: Mapping[str, list[list[int]]], size: int, *, sort: bool) ->
 def _add_batch(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    estimator: SpaceEstimator,
+    accumulator: SpaceAccumulator,
     batch: _Batch,
     *,
     boundaries: Sequence[int],
@@ -271,7 +271,9 @@ def _add_batch(
         found["sink_shares"].append(_sink_share(hidden_states, attended, content))
 
     visit_boundaries(model, input_ids, attention_mask, boundaries, visit)
-    estimator.update(batch.language, batch.positions, **{name: _gather(each) for name, each in found.items()})
+    accumulator.update(
+        batch.language, batch.positions, **{name: _gather(each) for name, each in found.items()}
+    )
 
 
 def _gather(values: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from shifcon_fast.data.errors import DataError
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.fingerprint import model_fingerprint
-from shifcon_fast.space.estimator import split_halves
+from shifcon_fast.space.accumulator import split_halves
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.subspace import common_ridge, principal_subspace, subspace_distance
 

@@ -1,4 +1,4 @@
-"""The streaming estimator against plain float64 formulas over all representations at once."""
+"""The streaming accumulator against plain float64 formulas over all representations at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shifcon_fast.space.estimator import SpaceEstimator, split_halves
+from shifcon_fast.space.accumulator import SpaceAccumulator, split_halves
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.subspace import common_ridge, principal_subspace, subspace_distance
 
@@ -40,13 +40,13 @@ def estimate(
     """Feed all data; ‖h‖² of a token is its sentence's ‖r‖²; sentence i has median norm i, sink share i/100."""
     counts = {language: x.shape[1] for language, x in data.items()}
     d = next(iter(data.values())).shape[2]
-    estimator = SpaceEstimator(counts, "en", num_boundaries=BOUNDARIES, hidden_size=d, **options)  # type: ignore[arg-type]
+    accumulator = SpaceAccumulator(counts, "en", num_boundaries=BOUNDARIES, hidden_size=d, **options)  # type: ignore[arg-type]
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
-    for boundaries in estimator.ranges(range(BOUNDARIES), memory_bytes=memory_bytes):
-        with estimator.boundary_range(boundaries):
+    for boundaries in accumulator.ranges(range(BOUNDARIES), memory_bytes=memory_bytes):
+        with accumulator.boundary_range(boundaries):
             for language, chunk in batches(counts, batch, generator):
                 x = data[language][boundaries][:, chunk]
-                estimator.update(
+                accumulator.update(
                     language,
                     chunk,
                     x,
@@ -55,7 +55,7 @@ def estimate(
                     median_norms=torch.tensor(chunk).float().expand(len(boundaries), -1),
                     sink_shares=(torch.tensor(chunk) / 100).expand(len(boundaries), -1),
                 )
-    return estimator.finish()
+    return accumulator.finish()
 
 
 def batches(
@@ -135,12 +135,14 @@ def test_ranges_of_boundaries_do_not_show() -> None:
 
 
 def test_ranges_fit_into_the_memory_and_start_at_the_deepest() -> None:
-    estimator = SpaceEstimator({"en": 10, "sw": 10}, "en", num_boundaries=7, hidden_size=4)
+    accumulator = SpaceAccumulator({"en": 10, "sw": 10}, "en", num_boundaries=7, hidden_size=4)
     matrix = 20 * 4 * 4  # bytes of one boundary's float32 matrices
-    assert estimator.ranges(range(7), memory_bytes=3 * matrix) == [[4, 5, 6], [1, 2, 3], [0]]
-    assert estimator.ranges([5, 2], memory_bytes=2 * matrix - 1) == [[5], [2]]
-    assert estimator.ranges(range(7), memory_bytes=0) == [[6], [5], [4], [3], [2], [1], [0]]
-    means_only = SpaceEstimator({"en": 10, "sw": 10}, "en", num_boundaries=7, hidden_size=4, subspaces=False)
+    assert accumulator.ranges(range(7), memory_bytes=3 * matrix) == [[4, 5, 6], [1, 2, 3], [0]]
+    assert accumulator.ranges([5, 2], memory_bytes=2 * matrix - 1) == [[5], [2]]
+    assert accumulator.ranges(range(7), memory_bytes=0) == [[6], [5], [4], [3], [2], [1], [0]]
+    means_only = SpaceAccumulator(
+        {"en": 10, "sw": 10}, "en", num_boundaries=7, hidden_size=4, subspaces=False
+    )
     assert means_only.ranges(range(7), memory_bytes=0) == [[0, 1, 2, 3, 4, 5, 6]]
 
 
@@ -177,10 +179,10 @@ def test_ranks_are_equal_everywhere_unless_the_variance_decides() -> None:
 
 def test_only_the_given_boundaries_are_estimated() -> None:
     data = representations()
-    estimator = SpaceEstimator(dict.fromkeys(data, N), "en", num_boundaries=BOUNDARIES, hidden_size=D)
-    with estimator.boundary_range([1]):
+    accumulator = SpaceAccumulator(dict.fromkeys(data, N), "en", num_boundaries=BOUNDARIES, hidden_size=D)
+    with accumulator.boundary_range([1]):
         for language, x in data.items():
-            estimator.update(
+            accumulator.update(
                 language,
                 range(N),
                 x[[1]],
@@ -189,7 +191,7 @@ def test_only_the_given_boundaries_are_estimated() -> None:
                 median_norms=torch.ones(1, N),
                 sink_shares=torch.zeros(1, N),
             )
-    space = estimator.finish()
+    space = accumulator.finish()
     assert space.boundaries == (1,)
     torch.testing.assert_close(space.shift_vectors(1), estimate(data).shift_vectors(1))
     with pytest.raises(ValueError, match=r"boundary: 0 was not estimated; this space has \[1\]"):
@@ -257,11 +259,11 @@ def test_two_or_three_sentences_give_distances_but_no_floor() -> None:
 )
 def test_estimator_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SpaceEstimator(pivot="en", num_boundaries=3, hidden_size=4, **arguments)  # type: ignore[arg-type]
+        SpaceAccumulator(pivot="en", num_boundaries=3, hidden_size=4, **arguments)  # type: ignore[arg-type]
 
 
 def test_updates_are_checked() -> None:
-    estimator = SpaceEstimator({"en": 3, "sw": 3}, "en", num_boundaries=2, hidden_size=4)
+    accumulator = SpaceAccumulator({"en": 3, "sw": 3}, "en", num_boundaries=2, hidden_size=4)
     good = {
         "square_norms": torch.ones(2),
         "tokens": torch.tensor([3, 3]),
@@ -270,25 +272,25 @@ def test_updates_are_checked() -> None:
     }
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match="no range of boundaries is open"):
-        estimator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
+        accumulator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
     with (
         pytest.raises(ValueError, match="3 of 3 sentences of 'sw' were never given"),
-        estimator.boundary_range([0, 1]),
+        accumulator.boundary_range([0, 1]),
     ):
         with pytest.raises(ValueError, match="language: got 'xx'"):
-            estimator.update("xx", [0, 1, 2], x, **good)  # type: ignore[arg-type]
+            accumulator.update("xx", [0, 1, 2], x, **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"representations: got shape \(1, 3, 4\); wanted \(2, 3, 4\)"):
-            estimator.update("en", [0, 1, 2], x[:1], **good)  # type: ignore[arg-type]
+            accumulator.update("en", [0, 1, 2], x[:1], **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"tokens: got shape \(1,\); wanted \(2,\)"):
-            estimator.update("en", [0, 1, 2], x, **{**good, "tokens": torch.tensor([3])})
+            accumulator.update("en", [0, 1, 2], x, **{**good, "tokens": torch.tensor([3])})
         with pytest.raises(ValueError, match=r"positions: got \[1, 2, 3\]; wanted indices in 0 … 2"):
-            estimator.update("en", [1, 2, 3], x, **good)  # type: ignore[arg-type]
+            accumulator.update("en", [1, 2, 3], x, **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="given twice"):
-            estimator.update("en", [0, 1, 1], x, **good)  # type: ignore[arg-type]
+            accumulator.update("en", [0, 1, 1], x, **good)  # type: ignore[arg-type]
         broken = x.clone()
         broken[1, 2, 3] = float("inf")
         with pytest.raises(ValueError, match=r"NaN or infinity in 'en' at boundaries \[1\]"):
-            estimator.update("en", [0, 1, 2], broken, **good)  # type: ignore[arg-type]
-        estimator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
+            accumulator.update("en", [0, 1, 2], broken, **good)  # type: ignore[arg-type]
+        accumulator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="given twice"):
-            estimator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]
+            accumulator.update("en", [0, 1, 2], x, **good)  # type: ignore[arg-type]

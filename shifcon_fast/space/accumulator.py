@@ -1,4 +1,4 @@
-"""Streaming estimation of a language space from sentence representations, one range of boundaries at a time.
+"""Accumulates sentence representations into a language space, one range of boundaries at a time.
 
 What is kept: O(d) per language and boundary for the means, and the n × d matrices of sentence representations only
 for the boundaries of the range at hand. Everything lies on the CPU; sums are float64, so that neither the order nor
@@ -27,16 +27,16 @@ from shifcon_fast.space.subspace import (
 _FLOAT32_BYTES = 4
 
 
-class SpaceEstimator:
+class SpaceAccumulator:
     """Accumulates representations and turns them into a :class:`LanguageSpace`.
 
     Usage::
 
-        estimator = SpaceEstimator({"en": 100, "sw": 100}, "en", num_boundaries=16, hidden_size=2048)
-        for boundaries in estimator.ranges(range(16), memory_bytes=2 << 30):
-            with estimator.boundary_range(boundaries):
-                ...  # one pass over the sentences, estimator.update(...) for each batch
-        space = estimator.finish(card)
+        accumulator = SpaceAccumulator({"en": 100, "sw": 100}, "en", num_boundaries=16, hidden_size=2048)
+        for boundaries in accumulator.ranges(range(16), memory_bytes=2 << 30):
+            with accumulator.boundary_range(boundaries):
+                ...  # one pass over the sentences, accumulator.update(...) for each batch
+        space = accumulator.finish(card)
 
     Args:
         sentences: number of sentences of each language, at least two; its order gives the language ids.
@@ -157,7 +157,7 @@ class SpaceEstimator:
         """
         if self._range is None:
             raise ValueError(
-                "update: no range of boundaries is open; call it inside `with estimator.boundary_range(...)`"
+                "update: no range of boundaries is open; call it inside `with accumulator.boundary_range(...)`"
             )
         if language not in self._counts:
             raise ValueError(f"language: got {language!r}; wanted one of {', '.join(self._languages)}")
