@@ -31,7 +31,7 @@ from shifcon_fast.training.estimation import estimate_again
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
 from shifcon_fast.training.interruption import InterruptOnce
-from shifcon_fast.training.losses import LossMeter, NonFiniteLossError, check_finite
+from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.setup import (

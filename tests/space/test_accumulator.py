@@ -257,7 +257,7 @@ def test_two_or_three_sentences_give_distances_but_no_floor() -> None:
         ({"sentences": {"en": 5, "sw": 5}, "rank": -1}, "rank: got -1"),
     ],
 )
-def test_estimator_refuses(arguments: dict[str, object], message: str) -> None:
+def test_accumulator_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpaceAccumulator(pivot="en", num_boundaries=3, hidden_size=4, **arguments)  # type: ignore[arg-type]
 

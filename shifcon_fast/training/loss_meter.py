@@ -1,4 +1,4 @@
-"""The two losses between two log lines, and the error for one that is not finite."""
+"""Means of the losses between two log lines, and the error for a loss that is not finite."""
 
 from __future__ import annotations
 
