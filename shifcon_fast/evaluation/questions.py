@@ -1,4 +1,4 @@
-"""Exact match on questions, by greedy generation; what is right: :mod:`shifcon_fast.evaluation.answers`.
+"""Exact match on questions, by greedy generation; what is right: :mod:`shifcon_fast.evaluation.grading`.
 
 Prompts are built by :func:`shifcon_fast.data.prompts.encode_prompt`, as in training: through the tokenizer's
 chat template where it has one.
@@ -25,7 +25,7 @@ from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.answer_language import AnswerLanguage, can_be_told
 from shifcon_fast.evaluation.answer_words import ANSWER_WORDS, TURN_TOKENS, TURNS
-from shifcon_fast.evaluation.answers import Gold, is_correct, read_gold
+from shifcon_fast.evaluation.grading import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.language_ids import unshifted

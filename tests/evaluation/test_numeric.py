@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shifcon_fast.evaluation.answers import as_number, extract_answer
+from shifcon_fast.evaluation.grading import as_number, extract_answer
 from shifcon_fast.evaluation.numeric import find_numbers, format_number
 
 CASES = [

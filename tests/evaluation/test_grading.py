@@ -10,7 +10,7 @@ import pytest
 from babel.numbers import format_decimal
 
 from shifcon_fast.evaluation.answer_words import ANSWER_WORDS
-from shifcon_fast.evaluation.answers import (
+from shifcon_fast.evaluation.grading import (
     as_number,
     before_next_question,
     extract_answer,
