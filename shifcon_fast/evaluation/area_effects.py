@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from shifcon_fast.data.questions import Question
+from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
-from shifcon_fast.evaluation.questions import answer_questions
 from shifcon_fast.evaluation.retrieval import retrieval_scores, sentence_representations
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.space.area_sweep import Scores

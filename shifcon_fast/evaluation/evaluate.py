@@ -18,9 +18,9 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
+from shifcon_fast.evaluation.exact_match import FewShot, Templates, answer_questions, default_stop_strings
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
-from shifcon_fast.evaluation.questions import FewShot, Templates, answer_questions, default_stop_strings
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
@@ -69,7 +69,7 @@ def evaluate(
         matrix_boundary: where to measure retrieval between all pairs of languages; None takes the middle of
             the shifted area, or of the decoder where nothing is attached.
         prompt_template, few_shot, stop_strings: see
-        :func:`shifcon_fast.evaluation.questions.answer_questions`; the first two also hold for multiple choice.
+        :func:`shifcon_fast.evaluation.exact_match.answer_questions`; the first two also hold for multiple choice.
         choice_chat_template: put multiple choice through the chat template. allow_missing: drop rows of parallel
         text in which a language is missing, and questions that are. memory_gib: memory for sentence
         representations, see :func:`measure_retrieval`.

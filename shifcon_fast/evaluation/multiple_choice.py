@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from shifcon_fast.data.languages import find_language, primary_code
 from shifcon_fast.data.prompts import encode_continuation, prompt_text
 from shifcon_fast.data.questions import Question
-from shifcon_fast.evaluation.questions import FewShot, Templates, check_unique, prompt_turns
+from shifcon_fast.evaluation.exact_match import FewShot, Templates, check_unique, prompt_turns
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.language_ids import unshifted

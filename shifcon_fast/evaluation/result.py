@@ -17,9 +17,9 @@ from typing_extensions import TypedDict
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.evaluation.bootstrap import Interval, paired_interval, ratio_interval, wilson_interval
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
+from shifcon_fast.evaluation.exact_match import Outcome
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
 from shifcon_fast.evaluation.perplexity import Perplexity
-from shifcon_fast.evaluation.questions import Outcome
 from shifcon_fast.evaluation.retrieval import Retrieval
 from shifcon_fast.storage import read_json, write_json
 

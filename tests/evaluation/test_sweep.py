@@ -17,9 +17,9 @@ from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation import area_effects
 from shifcon_fast.evaluation import sweep_plot as plots
 from shifcon_fast.evaluation.area_effects import EffectMeter
+from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
-from shifcon_fast.evaluation.questions import answer_questions
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.evaluation.sweep import candidate_areas, sweep_area

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
-from shifcon_fast.evaluation.questions import answer_questions
 from shifcon_fast.evaluation.sentences import sentence_batches
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
