@@ -31,9 +31,9 @@ from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files
 from shifcon_fast.space.area import dose_warning, recommend_area
-from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP_FILE
-from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import FILE_NAME as SWEEP_FILE
+from shifcon_fast.space.sweep_result import AreaSweep
 from shifcon_fast.storage import remove, replacing, retract, write_file, write_json
 from shifcon_fast.tables import comparison_table, result_table, space_table
 from shifcon_fast.training.arguments import ShifConArguments

@@ -13,8 +13,8 @@ from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
 from shifcon_fast.evaluation.retrieval import retrieval_scores, sentence_representations
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.space.area_sweep import Scores
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import Scores
 
 
 class EffectMeter:

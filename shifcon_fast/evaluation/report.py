@@ -25,9 +25,9 @@ from shifcon_fast.evaluation.sections import (
 )
 from shifcon_fast.evaluation.sweep_section import sweep_section
 from shifcon_fast.space.area import Area, recommend_area
-from shifcon_fast.space.area_sweep import FILE_NAME as SWEEP
-from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import FILE_NAME as SWEEP
+from shifcon_fast.space.sweep_result import AreaSweep
 from shifcon_fast.storage import read_json, write_file
 
 _SPACE, _AREA, _CARD, _LOG = "language_space.json", "area.json", "shifcon.json", "training_log.json"

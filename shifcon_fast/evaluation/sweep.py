@@ -29,14 +29,14 @@ from shifcon_fast.evaluation.retrieval import check_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
-from shifcon_fast.space.area_sweep import (
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import (
     FILE_NAME,
     AreaSweep,
     Candidate,
     ShiftedRetrieval,
     SweptArea,
 )
-from shifcon_fast.space.language_space import LanguageSpace
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from shifcon_fast.evaluation.plot_style import LIGHT, WIDTH, Format, Theme, new_figure, readable_on, to_bytes
-from shifcon_fast.space.area_sweep import AreaSweep, SweptArea
+from shifcon_fast.space.sweep_result import AreaSweep, SweptArea
 
 _MOST_NUMBERED = 9  # values of an axis up to which cells are numbered
 _LARGEST_RATIO = 10.0  # a model that far off says nothing; the colours end there

@@ -7,7 +7,7 @@ import math
 from shifcon_fast.evaluation.page import Block, Cell, Picture, Section, Table, Text
 from shifcon_fast.evaluation.sweep_plot import sweep_plot
 from shifcon_fast.space.area_decision import decide, passes
-from shifcon_fast.space.area_sweep import AreaSweep, SweptArea
+from shifcon_fast.space.sweep_result import AreaSweep, SweptArea
 
 _MOST_LANGUAGES = 8  # beyond so many the report's table shows the worst alone
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shifcon_fast.space.area_decision import decide
-from shifcon_fast.space.area_sweep import FILE_NAME, AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import FILE_NAME, AreaSweep
 
 
 @dataclass(frozen=True)

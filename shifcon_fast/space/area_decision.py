@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shifcon_fast.space.area_sweep import AreaSweep, SweptArea
+from shifcon_fast.space.sweep_result import AreaSweep, SweptArea
 
 
 def decide(

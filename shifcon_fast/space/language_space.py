@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from shifcon_fast.data.languages import find_language, nearest
-from shifcon_fast.space import area_sweep, files
-from shifcon_fast.space.area_sweep import AreaSweep
+from shifcon_fast.space import files, sweep_result
 from shifcon_fast.space.subspace import Subspace, subspace_distance
+from shifcon_fast.space.sweep_result import AreaSweep
 
 
 @dataclass(eq=False)
@@ -249,7 +249,7 @@ class LanguageSpace:
             space = cls._from_parts(tensors, card)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / files.CARD}: the language space is damaged: {error}") from error
-        if (folder / area_sweep.FILE_NAME).is_file():
+        if (folder / sweep_result.FILE_NAME).is_file():
             space.sweep = AreaSweep.load(folder)
         return space
 

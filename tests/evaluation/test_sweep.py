@@ -26,8 +26,8 @@ from shifcon_fast.evaluation.sweep import candidate_areas, sweep_area
 from shifcon_fast.evaluation.sweep_section import sweep_table
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.area import recommend_area
-from shifcon_fast.space.area_sweep import FILE_NAME, AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import FILE_NAME, AreaSweep
 
 QUESTIONS = [  # the first two with choices, the others to be generated
     Question(row, language, text.format(name), "Rome", ("Rome", "bread", "fish") if row < 2 else ())

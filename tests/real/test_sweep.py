@@ -12,8 +12,8 @@ import shifcon_fast as sf
 from shifcon_fast.data.cldr import cldr_rows
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.space.area_sweep import AreaSweep
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import AreaSweep
 
 pytestmark = pytest.mark.timeout(900)  # a real model on a busy machine
 

@@ -15,14 +15,14 @@ import torch
 
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.area_decision import decide
-from shifcon_fast.space.area_sweep import (
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.sweep_result import (
     FILE_NAME,
     AreaSweep,
     Nats,
     ShiftedRetrieval,
     SweptArea,
 )
-from shifcon_fast.space.language_space import LanguageSpace
 
 TOKENS = {"de": [10, 30], "sw": [20, 20]}
 UNSHIFTED: dict[str, Any] = {"de": [20.0, 60.0], "sw": [60.0, 60.0]}
