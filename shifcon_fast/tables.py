@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
-from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
+from shifcon_fast.evaluation.comparison import PairedComparison
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.space.area import Area
 from shifcon_fast.space.language_space import LanguageSpace
 

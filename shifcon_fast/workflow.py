@@ -19,10 +19,11 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
+from shifcon_fast.evaluation.comparison import compare
 from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.plots import distance_plot
 from shifcon_fast.evaluation.report import report_folder
-from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, compare
+from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sweep import sweep_area
 from shifcon_fast.evaluation.sweep_plot import sweep_plot
 from shifcon_fast.evaluation.sweep_section import sweep_table

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 
 import shifcon_fast as sf
 from shifcon_fast.data.questions import Question
-from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
+from shifcon_fast.evaluation.comparison import ItemOutcome, PairedComparison, SystemComparison, compare
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.report import _read as read_folder
 from shifcon_fast.evaluation.report import report_folder
-from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison, compare
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_space import LanguageSpace
@@ -89,7 +89,9 @@ def world(
     outcomes = {
         "1": {code: [ItemOutcome("0", "all", True), ItemOutcome("1", "all", False)] for code in ("en", "sw")}
     }
-    systems = Comparison("en", "plain", {"plain": outcomes, "ours": outcomes}, logs={"ours": {"1": log}})
+    systems = SystemComparison(
+        "en", "plain", {"plain": outcomes, "ours": outcomes}, logs={"ours": {"1": log}}
+    )
     systems.save(root / "systems.json")
     (root / "run.yaml").write_text(
         "model: m\nparallel: p.jsonl\ninstructions: [i.jsonl]\noutput: out\nmax_steps: 3\nlearning_rate: 1e-4\n"
@@ -297,7 +299,7 @@ READERS: dict[str, tuple[str, Callable[[World, Path], object]]] = {
         "run/comparison.json",
         lambda world, folder: PairedComparison.load(folder / "comparison.json"),
     ),
-    "systems": ("systems.json", lambda world, folder: Comparison.load(folder / "systems.json")),
+    "systems": ("systems.json", lambda world, folder: SystemComparison.load(folder / "systems.json")),
     "checkpoint": ("run/checkpoint-3/shifcon.json", resume),
     "trainer state": ("run/checkpoint-3/trainer_state.json", resume),
     "vectors": ("run/checkpoint-3/language_vectors.safetensors", resume),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shifcon_fast.demo.words import LANGUAGES
 from shifcon_fast.demo.world import World
-from shifcon_fast.evaluation.comparison import Comparison
+from shifcon_fast.evaluation.comparison import SystemComparison
 from shifcon_fast.evaluation.page import Section, Table, Text
 from shifcon_fast.evaluation.report import write_report
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -23,7 +23,7 @@ from shifcon_fast.storage import read_json
 
 def write_page(
     output: Path,
-    comparison: Comparison,
+    comparison: SystemComparison,
     *,
     world: World,
     space: LanguageSpace,

@@ -26,7 +26,7 @@ from shifcon_fast.demo.stages import (
     train_and_evaluate,
 )
 from shifcon_fast.demo.world import World, build_world, write_world
-from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
+from shifcon_fast.evaluation.comparison import ItemOutcome, SystemComparison
 from shifcon_fast.evaluation.findings import comparison_findings
 from shifcon_fast.evaluation.report import TrainingLog
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -161,7 +161,7 @@ class _Demo:
                 on_end=lambda number: self._stages.say(f"      done: {names[number]}"),
             )
 
-    def _compare(self, place: Place) -> Comparison:
+    def _compare(self, place: Place) -> SystemComparison:
         before = EvaluationResult.load(self._output / BEFORE)
         outcomes = {BEFORE: {"-": self._outcomes(before)}}
         logs = {}
@@ -174,7 +174,7 @@ class _Demo:
                 seed: read_json(folder / LOG, "a training log", TrainingLog)["steps"]
                 for seed, folder in folders.items()
             }
-        return Comparison(before.pivot, BASELINE, outcomes, before=BEFORE, logs=logs)
+        return SystemComparison(before.pivot, BASELINE, outcomes, before=BEFORE, logs=logs)
 
     def _outcomes(self, result: EvaluationResult) -> dict[str, list[ItemOutcome]]:
         return {

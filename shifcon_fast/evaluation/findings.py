@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
-from shifcon_fast.evaluation.comparison import Comparison
-from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
+from shifcon_fast.evaluation.comparison import PairedComparison, SystemComparison
+from shifcon_fast.evaluation.result import EvaluationResult
 
 
 def percent(interval: Interval) -> str:
@@ -28,7 +28,7 @@ def verdict(interval: Interval) -> str:
     return "gain" if interval.estimate > 0 else "loss"
 
 
-def comparison_findings(comparison: Comparison) -> list[str]:
+def comparison_findings(comparison: SystemComparison) -> list[str]:
     """One paragraph on the start, one on each system against the baseline: the weak languages, then the pivot."""
     found = []
     group = comparison.groups[0] if len(comparison.groups) > 1 else None
@@ -134,7 +134,7 @@ def _in_words(interval: Interval) -> str:
     }[verdict(interval)]
 
 
-def _when(comparison: Comparison, system: str) -> str:
+def _when(comparison: SystemComparison, system: str) -> str:
     return "Before training" if system == comparison.before else _sentence(system)
 
 

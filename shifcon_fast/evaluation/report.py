@@ -11,10 +11,10 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from shifcon_fast.evaluation.choice_section import choice_section
-from shifcon_fast.evaluation.comparison import LoggedStep
+from shifcon_fast.evaluation.comparison import LoggedStep, PairedComparison
 from shifcon_fast.evaluation.findings import result_findings
 from shifcon_fast.evaluation.page import Section, Text, render_page
-from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult, PairedComparison
+from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sections import (
     accuracy_section,
     area_section,

@@ -9,7 +9,7 @@ from typing import Any
 
 from shifcon_fast.evaluation import plots
 from shifcon_fast.evaluation.bootstrap import Interval
-from shifcon_fast.evaluation.comparison import Comparison
+from shifcon_fast.evaluation.comparison import PairedComparison, SystemComparison
 from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
 from shifcon_fast.evaluation.page import (
     Block,
@@ -22,7 +22,7 @@ from shifcon_fast.evaluation.page import (
     Text,
     Tone,
 )
-from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import Retrieval
 from shifcon_fast.space.area import Area
 from shifcon_fast.space.language_space import LanguageSpace
@@ -35,7 +35,7 @@ _SEED_INTERVALS = (
 )
 
 
-def comparison_sections(comparison: Comparison) -> list[Section]:
+def comparison_sections(comparison: SystemComparison) -> list[Section]:
     """Summary, differences, accuracy and training curves of several systems."""
     sections = [
         Section(
@@ -226,7 +226,7 @@ def settings_section(groups: Mapping[str, Mapping[str, Any]]) -> Section:
     return Section("Settings and versions", blocks)
 
 
-def _key_figures(comparison: Comparison) -> KeyFigures:
+def _key_figures(comparison: SystemComparison) -> KeyFigures:
     group = comparison.groups[0] if len(comparison.groups) > 1 else None
     note = f"on what was {group}" if group else ""
     others, pivot = comparison.others, [comparison.pivot]
@@ -252,7 +252,7 @@ def _key_figures(comparison: Comparison) -> KeyFigures:
     return KeyFigures(figures)
 
 
-def _differences(comparison: Comparison) -> Section:
+def _differences(comparison: SystemComparison) -> Section:
     columns = [([code], code) for code in comparison.languages]
     if len(comparison.others) > 1:
         columns.append((comparison.others, f"mean of {', '.join(comparison.others)}"))
@@ -294,7 +294,7 @@ def _differences(comparison: Comparison) -> Section:
     return Section(f"Against {comparison.baseline}", blocks)
 
 
-def _accuracies(comparison: Comparison) -> Section:
+def _accuracies(comparison: SystemComparison) -> Section:
     blocks: list[Block] = [
         Picture.draw(
             plots.accuracy_plot,
@@ -320,7 +320,7 @@ def _accuracies(comparison: Comparison) -> Section:
     return Section("Right answers", blocks)
 
 
-def _by_seed(comparison: Comparison) -> Table:
+def _by_seed(comparison: SystemComparison) -> Table:
     """Every seed on its own, so that nothing hides in an average."""
     rows: list[list[Cell | str]] = []
     for system, seeds in comparison.outcomes.items():

@@ -12,7 +12,7 @@ from shifcon_fast.demo.pretrain import PretrainSettings
 from shifcon_fast.demo.run import run_demo
 from shifcon_fast.demo.settings import BASELINE, SHIFCON, DemoSettings
 from shifcon_fast.demo.world import WorldSettings
-from shifcon_fast.evaluation.comparison import Comparison
+from shifcon_fast.evaluation.comparison import SystemComparison
 from shifcon_fast.evaluation.result import EvaluationResult
 
 MICRO = DemoSettings(
@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
 
 def test_the_comparison_holds_every_system_question_and_language(finished) -> None:
     root, _ = finished
-    comparison = Comparison.load(root / "out" / "comparison.json")
+    comparison = SystemComparison.load(root / "out" / "comparison.json")
     assert comparison.systems == ["before", BASELINE, SHIFCON]
     assert comparison.languages == ["en", "de", "sw", "tr"]
     assert comparison.groups == ["seen only in English", "seen in every language"]
@@ -54,7 +54,7 @@ def test_the_comparison_holds_every_system_question_and_language(finished) -> No
 
 def test_plain_and_shifcon_saw_the_same_steps_and_only_one_the_contrastive_loss(finished) -> None:
     root, _ = finished
-    logs = Comparison.load(root / "out" / "comparison.json").logs
+    logs = SystemComparison.load(root / "out" / "comparison.json").logs
     plain, shifcon = logs[BASELINE]["1"], logs[SHIFCON]["1"]
     assert [row["step"] for row in plain] == [row["step"] for row in shifcon] == [1, 2, 3]
     assert not any("loss_contrastive" in row for row in plain)

@@ -8,11 +8,12 @@ import pytest
 
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.bootstrap import paired_interval, wilson_interval
+from shifcon_fast.evaluation.comparison import PairedComparison, compare
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.exact_match import Outcome
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome, measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
-from shifcon_fast.evaluation.result import EvaluationResult, PairedComparison, compare
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.storage import write_json
 
 QUESTIONS = [

@@ -11,12 +11,11 @@ from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.across_seeds import paired_seeds_interval, seeds_interval
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.evaluation.choice_scores import choice_accuracy
-from shifcon_fast.evaluation.comparison import Comparison, ItemOutcome
+from shifcon_fast.evaluation.comparison import ItemOutcome, PairedComparison, SystemComparison, compare
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
 from shifcon_fast.evaluation.page import Cell, KeyFigure, KeyFigures, Picture, Section, Table, Text
 from shifcon_fast.evaluation.report import report_folder, write_report
-from shifcon_fast.evaluation.result import PairedComparison, compare
 from shifcon_fast.evaluation.sections import comparison_sections
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.area import recommend_area
@@ -68,7 +67,7 @@ def outcomes(right: str, prefix: str = "") -> list[ItemOutcome]:
 
 
 @pytest.fixture
-def comparison() -> Comparison:
+def comparison() -> SystemComparison:
     weak, better = "0000010000" * 4 + "1" * 40, "1111110111" * 4 + "1" * 40
     full, worse = "1" * 80, "0" * 40 + "1" * 40
     plain = {seed: {"en": outcomes(full), "de": outcomes(weak), "sw": outcomes(weak)} for seed in ("1", "2")}
@@ -76,12 +75,12 @@ def comparison() -> Comparison:
         seed: {"en": outcomes(worse), "de": outcomes(better), "sw": outcomes(weak)} for seed in ("1", "2")
     }
     logs = {"ShifCon": {"1": [{"step": 1, "loss_generation": 2.0}, {"step": 2, "loss_generation": 1.0}]}}
-    return Comparison(
+    return SystemComparison(
         "en", "plain QLoRA", {"before": plain, "plain QLoRA": plain, "ShifCon": ours}, "before", logs
     )
 
 
-def test_shares_and_differences_are_those_of_seeds_and_questions(comparison: Comparison) -> None:
+def test_shares_and_differences_are_those_of_seeds_and_questions(comparison: SystemComparison) -> None:
     group = "seen only in English"
     assert comparison.systems == ["before", "plain QLoRA", "ShifCon"]
     assert comparison.contenders == ["ShifCon"]
@@ -100,7 +99,7 @@ def test_shares_and_differences_are_those_of_seeds_and_questions(comparison: Com
     )
 
 
-def test_findings_name_gains_losses_noise_and_the_pivot(comparison: Comparison) -> None:
+def test_findings_name_gains_losses_noise_and_the_pivot(comparison: SystemComparison) -> None:
     start, against, method = comparison_findings(comparison)
     assert start.startswith("Before training, on what was seen only in English: en 100.0 % [")
     assert "the other languages on average 10.0 % [" in start
@@ -118,7 +117,7 @@ def test_numbers_in_words() -> None:
     assert {bounds: verdict(Interval(*bounds)) for bounds in wanted} == wanted
 
 
-def test_the_comparison_page(comparison: Comparison, tmp_path) -> None:
+def test_the_comparison_page(comparison: SystemComparison, tmp_path) -> None:
     path = write_report(tmp_path, "The demo", comparison_sections(comparison), subtitle="Two systems")
     assert path == tmp_path / "report.html"
     page = check(path.read_text(encoding="utf-8"))
@@ -132,18 +131,18 @@ def test_the_comparison_page(comparison: Comparison, tmp_path) -> None:
     assert '<mark class="gain">+80.0</mark>' in html
 
 
-def test_a_comparison_survives_its_file(comparison: Comparison, tmp_path) -> None:
+def test_a_comparison_survives_its_file(comparison: SystemComparison, tmp_path) -> None:
     comparison.save(tmp_path / "c.json")
-    assert Comparison.load(tmp_path / "c.json") == comparison
+    assert SystemComparison.load(tmp_path / "c.json") == comparison
     (tmp_path / "c.json").write_text('{"kind": "evaluation"}')
     with pytest.raises(ValueError, match=r"c\.json: kind is 'evaluation'; wanted 'system comparison'"):
-        Comparison.load(tmp_path / "c.json")
+        SystemComparison.load(tmp_path / "c.json")
     with pytest.raises(
         ValueError, match="outcomes has no system 'QLoRA'; it has before, plain QLoRA, ShifCon"
     ):
-        Comparison("en", "QLoRA", comparison.outcomes)
+        SystemComparison("en", "QLoRA", comparison.outcomes)
     with pytest.raises(ValueError, match="lack the pivot 'fr'"):
-        Comparison("fr", "before", comparison.outcomes)
+        SystemComparison("fr", "before", comparison.outcomes)
 
 
 def test_all_text_is_escaped(tmp_path) -> None:
