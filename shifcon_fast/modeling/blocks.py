@@ -32,7 +32,7 @@ LayoutOutput = tuple[Tensor, Tensor | None]  # hidden states, attention weights 
 
 
 def block_forward(original: Any, architecture: Architecture) -> BlockForward:
-    """The ``forward`` that replaces ``original.forward``; it takes ``language_ids`` (B,) in addition."""
+    """The ``forward`` that replaces ``original.forward``; it takes ``language_ids`` (B,) or (B, T) too."""
     names = list(inspect.signature(original.forward).parameters)[2:]
     returns_tuple = "output_attentions" in names  # blocks of transformers 5.0's older style (Granite)
 

@@ -68,11 +68,12 @@ class Attachment:
         """Check ids and map the pivot's to -1, "leave this row alone".
 
         Args:
-            language_ids: (B,) integers, or None; the first None is warned of, unless shifts are suspended.
+            language_ids: (B,) integers, one per row, or (B, T), one per token (packed rows hold several languages);
+                or None, whose first time is warned of, unless shifts are suspended.
             tokens: the input, (B, T) ids or (B, T, d) embeddings.
 
         Returns:
-            (B,) int64 on the device of the input; None when nothing is to be shifted.
+            int64 of the same shape on the device of the input; None when nothing is to be shifted.
 
         Raises:
             TypeError: not a tensor of integers. ValueError: another shape, or an id out of range (checked on the
@@ -85,15 +86,17 @@ class Attachment:
             return None
         if not isinstance(language_ids, Tensor):
             raise TypeError(
-                f"language_ids: got {type(language_ids).__name__}, wanted an integer tensor of shape (batch,); "
+                f"language_ids: got {type(language_ids).__name__}, wanted an integer tensor, one id per row; "
                 "make one from language codes with handle.language_ids([...])."
             )
         if language_ids.is_floating_point() or language_ids.is_complex() or language_ids.dtype == torch.bool:
             raise TypeError(f"language_ids: got dtype {language_ids.dtype}, wanted integers (torch.long).")
-        if language_ids.dim() != 1 or (tokens is not None and language_ids.shape[0] != tokens.shape[0]):
-            rows = "" if tokens is None else f" = ({tokens.shape[0]},)"
+        shape, dims = tuple(language_ids.shape), language_ids.dim()
+        if dims not in (1, 2) or (tokens is not None and shape != tuple(tokens.shape[:dims])):
+            here = "" if tokens is None else f": {(tokens.shape[0],)} or {tuple(tokens.shape[:2])}"
             raise ValueError(
-                f"language_ids: got shape {tuple(language_ids.shape)}, wanted one id per row, (batch,){rows}."
+                f"language_ids: got shape {shape}, wanted one id per row, (batch,), or per token, (batch, tokens)"
+                f"{here}."
             )
         if language_ids.device.type == "cpu" and language_ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(language_ids))

@@ -18,7 +18,10 @@ NORM_COUNTS = "_shifcon_counts"
 
 @dataclass(frozen=True)
 class Shift:
-    """What is added at the entry of a block: ``table[index]``, (K, d) float32 and (B,) int64; -1 adds nothing."""
+    """What is added at the entry of a block: ``table[index]``.
+
+    ``table`` is (K, d) float32, ``index`` (B,) or (B, T) int64; -1 adds nothing.
+    """
 
     table: Tensor
     index: Tensor
@@ -48,7 +51,7 @@ def add_norm(
 
     Args:
         x, residual: (B, T, d).
-        shift: added to each row of the batch by its language.
+        shift: added to each row of the batch, or each token, by its language.
 
     Returns:
         y and h, (B, T, d), in the dtype of x + residual. A norm that is not the plain module of the table is called
@@ -80,11 +83,11 @@ def add_shift(x: Tensor, shift: Shift) -> Tensor:
     """x + shift for blocks without a norm at their entry: summed in float32, rounded once to x.dtype.
 
     Args:
-        x: (B, T, d). Rows of the batch whose index is -1 come back bit for bit.
+        x: (B, T, d). Rows of the batch (or tokens) whose index is -1 come back bit for bit.
     """
-    vectors = shift.table[shift.index.clamp(min=0)].unsqueeze(1)
-    shifted = (x.float() + vectors).to(x.dtype)
-    return torch.where((shift.index >= 0)[:, None, None], shifted, x)
+    index = shift.index if shift.index.dim() == 2 else shift.index[:, None]
+    shifted = (x.float() + shift.table[index.clamp(min=0)]).to(x.dtype)
+    return torch.where((index >= 0)[..., None], shifted, x)
 
 
 def active_module(module: nn.Module) -> nn.Module:

@@ -243,3 +243,39 @@ def test_hidden_states_and_attentions_are_still_returned(
             model(**batch, language_ids=batch_ids)
         remove.remove()
         assert torch.equal(out.hidden_states[2], entering[0])
+
+
+@every_architecture
+def test_ids_per_token_of_one_language_a_row_are_ids_per_row(
+    architecture, tiny_model, random_space, batch, batch_ids
+):
+    model = tiny_model(architecture)
+    tokens = batch["input_ids"]
+    with torch.no_grad(), attach(model, random_space(model), forward=1, backward=3):
+        rows = model(tokens, language_ids=batch_ids).logits
+        each = model(tokens, language_ids=batch_ids[:, None].expand_as(tokens)).logits
+    assert torch.equal(rows, each)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "olmo2"])
+def test_a_packed_row_of_several_languages_is_its_sentences_shifted_apart(
+    architecture, tiny_model, random_space, batch
+):
+    """As trainers pack: one row, positions starting over, no attention mask, an id for every token."""
+    model = tiny_model(architecture)
+    sentences = [batch["input_ids"][:1, :length] for length in (9, 4, 6)]
+    ids = [1, 2, 0]
+    lengths = [sentence.shape[1] for sentence in sentences]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    per_token = torch.cat([torch.full((length,), each) for length, each in zip(lengths, ids, strict=True)])
+    with torch.no_grad(), attach(model, random_space(model), forward=1, backward=3):
+        apart = [
+            model(sentence, language_ids=torch.tensor([each])).logits
+            for sentence, each in zip(sentences, ids, strict=True)
+        ]
+        packed = torch.cat(sentences, dim=1)
+        settings = {"position_ids": positions, "use_cache": False}  # a cache is of one sequence
+        together = model(packed, **settings, language_ids=per_token[None]).logits
+        unshifted = model(packed, **settings, language_ids=torch.full((1, 19), -1)).logits
+    torch.testing.assert_close(together, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-4)
+    assert (together - unshifted).abs()[:, :9].max() > 0.1
