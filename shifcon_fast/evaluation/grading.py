@@ -39,7 +39,7 @@ from shifcon_fast.evaluation.numeric import (
     visible,
 )
 
-Answer = int | float | str | Fraction | Decimal
+GoldAnswer = int | float | str | Fraction | Decimal
 
 _MOST_MARKERS = 50  # the last ones of a response; more than these say nothing
 _MOST_CHARACTERS = 400  # of what a marker marks
@@ -101,7 +101,7 @@ class Gold:
     shown: str
 
 
-def read_gold(answer: Answer | Sequence[Answer], language: str | None = None) -> Gold:
+def read_gold(answer: GoldAnswer | Sequence[GoldAnswer], language: str | None = None) -> Gold:
     """Read a gold answer, or a list of accepted ones: numbers, numbers as text, worked solutions, or words.
 
     Of a worked solution (GSM8K's ``… 36 books.\\n#### 36``, MATH's ``\\boxed{36}``, MGSM's ``The answer is 36.``)
@@ -138,7 +138,7 @@ def _check(answer: object) -> None:
         raise ValueError(f"answer is {answer}; wanted a finite number or a text")
 
 
-def _read_one(answer: Answer, language: str | None) -> tuple[list[Fraction], str]:
+def _read_one(answer: GoldAnswer, language: str | None) -> tuple[list[Fraction], str]:
     """The values of one accepted answer, none where it is a text; and the text."""
     if not isinstance(answer, str):
         value = as_number(answer)
@@ -208,7 +208,7 @@ def extract_answer(response: str, language: str | None = None) -> Fraction | Non
 
 
 def is_correct(
-    response: str, answer: Answer | Sequence[Answer] | Gold, language: str
+    response: str, answer: GoldAnswer | Sequence[GoldAnswer] | Gold, language: str
 ) -> tuple[bool, str | None]:
     """Whether a response gives the answer, and what was read out of it."""
     gold = answer if isinstance(answer, Gold) else read_gold(answer, language)
