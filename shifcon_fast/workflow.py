@@ -223,7 +223,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
         arguments,
         processing_class=tokenizer,
         train_dataset=instructions,
-        parallel={each: texts for each, texts in parallel.items() if find_language(each, space.languages)},
+        parallel=parallel,
         space=space,
     )
     if run.overwrite:

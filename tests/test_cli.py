@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import shifcon_fast as sf
 from shifcon_fast import storage, workflow
 from shifcon_fast.cli import app
+from shifcon_fast.data import parallel
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.opening import open_model
@@ -120,6 +121,29 @@ def test_profile_writes_a_space_an_area_and_a_picture(workplace: Workplace) -> N
     assert 1 <= area["forward"] < area["backward"] <= 3
     assert len(area["distances"]) == 4
     assert b"<svg" in (workplace.folder / "space" / "distance.svg").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["profile", "train"])
+def test_a_sentence_is_checked_once(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """On its way from the command to the language space, and to the trainer."""
+    checked: list[object] = []
+    original = parallel.check_text
+
+    def check_text(value: object, *args: Any, **options: Any) -> str:
+        checked.append(value)
+        return original(value, *args, **options)
+
+    monkeypatch.setattr(parallel, "check_text", check_text)
+    flags = workplace.train_flags(tmp_path, "--max-steps", "1")
+    space = flags.index("--space")
+    profile = ["profile", *flags[1:3], *flags[space + 2 : space + 4], "--quantization", "none"]
+    made = shifcon(
+        *([*profile, "--output", tmp_path] if command == "profile" else [*flags[:space], *flags[space + 2 :]])
+    )
+    assert made.code == 0, made.text
+    assert len(checked) == len(workplace.rows) * len(workplace.rows[0])
 
 
 @pytest.fixture(scope="module")

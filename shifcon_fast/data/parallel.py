@@ -18,12 +18,19 @@ Parallel = Source | Mapping[str, Iterable[str]]
 """Aligned sentences: rows with a field a language, in any source, or ``{language: [sentence, ...]}``."""
 
 
+class ParallelText(dict[str, list[str]]):
+    """Language → its sentences, aligned by position, as :func:`read_parallel` read and checked them.
+
+    Reading it again checks no sentence a second time: each caller may read what it is given, and the first pays.
+    """
+
+
 def read_parallel(
     source: Parallel,
     *,
     languages: Sequence[str] | None = None,
     allow_missing: bool = False,
-) -> dict[str, list[str]]:
+) -> ParallelText:
     """Read sentences aligned by position: ``result["sw"][i]`` translates ``result["en"][i]``.
 
     Args:
@@ -44,6 +51,8 @@ def read_parallel(
         DataError: malformed rows, a language missing (in some rows or altogether), an empty sentence, fewer than
             two sentences, two fields for one language. The message names the file and the line.
     """
+    if isinstance(source, ParallelText) and (found := _already_read(source, languages)) is not None:
+        return found
     if isinstance(source, Mapping) and not _is_splits(source):
         name, rows = "the given mapping", _rows_of_mapping(source)
         refuse_repeated(list(source), name)
@@ -80,7 +89,21 @@ def read_parallel(
         raise DataError(
             f"{name}: {len(complete)} complete row(s) for {', '.join(fields)}; wanted at least two sentences"
         )
-    return {language: [row[each] for row in complete] for language, each in fields.items()}
+    return ParallelText({language: [row[each] for row in complete] for language, each in fields.items()})
+
+
+def _already_read(text: ParallelText, languages: Sequence[str] | None) -> ParallelText | None:
+    """The languages of what was read before; None where it no longer holds, or does not have them all."""
+    if len({len(sentences) for sentences in text.values()}) != 1 or len(next(iter(text.values()))) < 2:
+        return None
+    if languages is None:
+        return text
+    if isinstance(languages, str) or len(set(languages)) < max(1, len(languages)):
+        return None
+    found = {language: find_language(language, text) for language in languages}
+    if len(set(found.values()) - {None}) < len(found):
+        return None
+    return ParallelText({language: text[each] for language, each in found.items() if each is not None})
 
 
 def _is_absent(value: object, allow_missing: bool) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from shifcon_fast.data import parallel
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.parallel import ParallelText, read_parallel
 
 
 def write_lines(path: Path, rows: list[dict[str, object] | str]) -> Path:
@@ -132,3 +133,42 @@ def test_real_text(shifcon_data: Path) -> None:
     assert len(text) == 16
     math = read_parallel(shifcon_data / "gsm8k_train_multi.jsonl")
     assert list(math) == ["en", "de", "es", "fr", "ru", "zh", "ja", "sw"]
+
+
+def test_what_was_read_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = read_parallel({"eng_Latn": ["a", "c"], "swh_Latn": ["b", "d"], "deu_Latn": ["e", "f"]})
+
+    def refuse(*args: object, **options: object) -> str:
+        raise AssertionError("a sentence was checked twice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "check_text", refuse)
+        assert read_parallel(text) is text
+        chosen = read_parallel(text, languages=["sw", "en"])
+        assert list(chosen.items()) == [("sw", ["b", "d"]), ("en", ["a", "c"])]
+        assert read_parallel(chosen) is chosen
+
+
+@pytest.mark.parametrize(
+    ("languages", "message"),
+    [
+        (["en", "xx"], "no row has 'xx'; found en, sw"),
+        (["sw", "swh"], "'sw' and 'swh'"),
+        ("en", "wanted a list of language codes"),
+        ([], "wanted a list of language codes"),
+    ],
+)
+def test_languages_of_what_was_read_are_refused_as_ever(languages: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_parallel(read_parallel({"en": ["a", "c"], "sw": ["b", "d"]}), languages=languages)
+
+
+def test_what_was_read_and_then_changed_is_read_again() -> None:
+    text = read_parallel({"en": ["a", "c"], "sw": ["b", "d"]})
+    text["sw"].append("e")
+    with pytest.raises(DataError, match="unequal length"):
+        read_parallel(text)
+    with pytest.raises(DataError, match="holds no language"):
+        read_parallel(ParallelText())
+    with pytest.raises(DataError, match="at least two"):
+        read_parallel(ParallelText(en=["a"], sw=["b"]))
