@@ -10,7 +10,7 @@ VENV   ?= .venv
 DEMO   ?= demo-output
 BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
-INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc")
+INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc" -not -name "*.md")
 
 .PHONY: demo test test-all test-real lint sanitize aot format clean lock
 

@@ -1,7 +1,7 @@
 """Compiles csrc/ with ninja: what setup.py, `make sanitize` and the resource table of the CUDA sources share.
 
 The CPU library holds every kernel three times. ``csrc/cpu/kernels/*.cpp`` is compiled once per *level* (a set of
-vector instructions) into a namespace of its own, and ``csrc/cpu/levels.cpp`` picks one when the library is loaded;
+vector instructions) into a namespace of its own, and ``csrc/cpu/levels.cpp`` picks one at the first call;
 everything else is compiled for the baseline. Kernel files see no header that defines functions which the linker may
 merge across files, so that no instruction of a higher level can reach a machine without it.
 

@@ -136,6 +136,15 @@ std::vector<Tensor> backward(OptionalTensor grad_y, OptionalTensor grad_h, const
 }  // namespace
 }  // namespace shifcon
 
+STABLE_TORCH_LIBRARY_FRAGMENT(shifcon_fast_cpu, m) {
+  m.def(
+      "add_shift_rms_norm(Tensor x, Tensor weight, Tensor? residual, Tensor? shift, Tensor? index, float eps, "
+      "int style) -> (Tensor y, Tensor h, Tensor rstd)");
+  m.def(
+      "add_shift_rms_norm_backward(Tensor? grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor rstd, "
+      "Tensor? index, int languages, int style, bool need_input, bool need_weight, bool need_shift) -> Tensor[]");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(shifcon_fast_cpu, CPU, m) {
   m.impl("add_shift_rms_norm", TORCH_BOX(&shifcon::forward));
   m.impl("add_shift_rms_norm_backward", TORCH_BOX(&shifcon::backward));
