@@ -27,8 +27,6 @@ def test_the_page_on_the_compiled_operators_names_files_that_are_there() -> None
     named |= set(re.findall(r"`((?:tests|shifcon_fast|kernels|scripts)/[\w/]*)`", text))
     assert len(named) > 15
     missing = [
-        name
-        for name in named
-        if not any(any(root.glob(name)) for root in (REPOSITORY, REPOSITORY / "csrc"))
+        name for name in named if not any(any(root.glob(name)) for root in (REPOSITORY, REPOSITORY / "csrc"))
     ]
     assert missing == []
