@@ -1,0 +1,81 @@
+"""The check that every export passes before its files count: loaded where it will be, it moves the logits.
+
+Control and steering vectors have been silently ignored by servers. So the exported model is run beside the attached
+one on a few tokens, and an export that does not bring the logits to where the shift brings them is an error, not a
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS, _TOKENS = 2, 12
+
+
+@dataclass(frozen=True)
+class Engagement:
+    """What the check found, in logits.
+
+    Attributes:
+        effect: the largest change that the shift makes.
+        error: the largest difference between the exported and the attached model.
+    """
+
+    effect: float
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"the shift moves logits by up to {self.effect:.3g}; the export is off by up to {self.error:.2g}"
+        )
+
+
+def probe_tokens(model: Any) -> Tensor:
+    """(2, 12) token ids from all over the vocabulary, the same every time."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, rows, (_ROWS, _TOKENS), generator=generator)
+
+
+@torch.no_grad()
+def check_engagement(
+    model: Any, language: str | None, exported: Callable[[Tensor], Tensor], what: str
+) -> Engagement:
+    """Run an export beside the attached model.
+
+    Args:
+        model: attached.
+        language: which the export is for; None for an export that leaves the shift out.
+        exported: (B, T) token ids → (B, T, vocabulary) logits of what was written, as it will be loaded.
+        what: the export, for the error.
+
+    Raises:
+        ValueError: the export's logits are not the shifted ones: nearer to the unshifted than half the way.
+    """
+    handle = model.shifcon
+    tokens = probe_tokens(model)
+    inputs = tokens.to(model.get_input_embeddings().weight.device)
+    nobody = torch.full((len(inputs),), -1)
+    plain = _logits(model(input_ids=inputs, language_ids=nobody))
+    ids = nobody if language is None else handle.language_ids([language] * len(inputs))
+    wanted = _logits(model(input_ids=inputs, language_ids=ids))
+    got = exported(tokens).float().cpu()
+    effect, error = float((wanted - plain).abs().max()), float((got - wanted).abs().max())
+    scale = effect if language is not None else float(plain.abs().max())
+    if not error < scale / 2:
+        missed = float((got - plain).abs().max())
+        state = "does not engage" if missed < error else "is not the attached model"
+        raise ValueError(
+            f"{what}: it {state} where it is loaded: its logits are off by {error:.3g}, where the whole shift is "
+            f"{effect:.3g}. Nothing was kept; please report this with the output of `shifcon doctor`"
+        )
+    return Engagement(effect, error)
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits.float().cpu()

@@ -1,0 +1,190 @@
+"""PEFT alone: stock ``PeftModel`` computes what the attached model does, or the error says what works instead."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shifcon_fast.export.peft_alone import export_peft
+
+
+def stock(base: Any, folder: Path, tokens: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lora_bias=True.*")  # that it cannot be merged
+        model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    with torch.no_grad():
+        return model(input_ids=tokens).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gpt_neox", "bloom"]
+)
+def test_stock_peft_computes_the_shifted_logits(
+    *,
+    architecture: str,
+    attached: Callable[..., Any],
+    tiny_model: Callable[..., Any],
+    oracle: Callable[..., Any],
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = attached(architecture)
+    found = export_peft(model, "sw", tmp_path)
+    assert found.effect > 0.5
+    oracle(model, "sw", tokens).check(stock(tiny_model(architecture), tmp_path, tokens))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
+def test_a_norm_behind_the_mlp_is_refused_and_the_way_out_named(
+    architecture: str, attached: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"--to peft: {architecture} has no layer .* --to gguf .* --to vllm"
+    ):
+        export_peft(attached(architecture), "sw", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": r".*\.[01]\.mlp\.down_proj"},
+        {"exclude_modules": ["down_proj"]},
+        {
+            "rank_pattern": {"down_proj": 2},
+            "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 3},
+            "use_rslora": True,
+        },
+        {"lora_bias": True},
+        {"name": "swahili"},
+        {"init_lora_weights": "gaussian"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids="-".join,
+)
+def test_whatever_the_adapter_targets_and_scales(
+    *,
+    settings: dict[str, Any],
+    attached: Callable[..., Any],
+    tiny_model: Callable[..., Any],
+    oracle: Callable[..., Any],
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = attached("llama", **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    export_peft(model, "sw", tmp_path)
+    oracle(model, "sw", tokens).check(stock(tiny_model("llama"), tmp_path, tokens))
+
+
+def test_the_official_recipe_adds_one_block_earlier(
+    attached: Callable[..., Any],
+    tiny_model: Callable[..., Any],
+    oracle: Callable[..., Any],
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = attached("llama", recipe="official")
+    export_peft(model, "sw", tmp_path)
+    oracle(model, "sw", tokens).check(stock(tiny_model("llama"), tmp_path, tokens))
+    biases = {
+        key
+        for key, value in load_file(tmp_path / "adapter_model.safetensors").items()
+        if value.any() and key.endswith("bias")
+    }
+    assert {key.split("layers.")[1] for key in biases} == {
+        "0.mlp.down_proj.lora_B.bias",
+        "1.mlp.down_proj.lora_B.bias",
+    }
+
+
+def test_the_trained_weights_are_kept_and_the_model_is_left_alone(
+    attached: Callable[..., Any], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = attached("llama", target_modules=["q_proj"])
+    ids = model.shifcon.language_ids(["sw"] * 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(input_ids=tokens, language_ids=ids).logits
+    export_peft(model, "sw", tmp_path)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert list(model.peft_config) == ["default"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens, language_ids=ids).logits, logits)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(saved[key], trained[key]) for key in trained)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"].keys() == {
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.mlp.down_proj",
+    }
+
+
+def test_languages_and_models_with_nothing_to_export(
+    attached: Callable[..., Any], adapted: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = attached("llama")
+    with pytest.raises(ValueError, match=r"'en' is the pivot.*nothing to export"):
+        export_peft(model, "en", tmp_path)
+    with pytest.raises(ValueError, match=r"language: got 'fr'.*en, sw"):
+        export_peft(model, "fr", tmp_path)
+    with pytest.raises(ValueError, match="trained without the shift"):
+        export_peft(attached("llama", alpha=0.0), "sw", tmp_path)
+    with pytest.raises(ValueError, match="no shift to export"):
+        export_peft(adapted(tiny_model("llama")), "sw", tmp_path)
+    with pytest.raises(TypeError, match="wanted an attached PeftModel"):
+        export_peft(tiny_model("llama"), "sw", tmp_path)
+    with pytest.raises(ValueError, match=r"shifts at boundary 0; wanted 1 or later.*train with forward >= 1"):
+        export_peft(attached("llama", forward=0), "sw", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "Dora.*no bias.*--to merged"),
+        ({"init_lora_weights": "pissa"}, "starts from 'pissa'.*--to merged"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "no lora_bias for the embedding.*--to merged"),
+    ],
+)
+def test_adapters_that_peft_gives_no_bias(
+    settings: dict[str, Any], message: str, attached: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_peft(attached("llama", **settings), "sw", tmp_path)
+
+
+def test_an_adapter_that_does_not_engage_is_not_kept(
+    attached: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a server ignores what it is given: here PEFT is made to forget the biases."""
+    model = attached("llama")
+    original = peft.PeftModel.load_adapter
+
+    def forgetful(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        for name, parameter in self.named_parameters():
+            if name.endswith("lora_B.exported.bias"):
+                parameter.data.zero_()
+        return found
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", forgetful)
+    with pytest.raises(ValueError, match="does not engage where it is loaded"):
+        export_peft(model, "sw", tmp_path)
+    assert list(tmp_path.iterdir()) == []
