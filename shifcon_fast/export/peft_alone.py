@@ -1,9 +1,8 @@
 """PEFT alone: the trained LoRA adapter with one language's shift as a bias, for stock ``PeftModel``.
 
 A LoRA layer with ``lora_bias`` adds scaling · (B A x + c). With c = shift / scaling on the layer that ends block
-k-1, what it adds is the shift of boundary k, at every token. PEFT knows ``lora_bias`` for the adapter as a whole, so
-all other layers carry a bias of zeros. Layers that the training did not adapt get a LoRA of rank 1 with weights of
-zero.
+k-1, what it adds is the shift of boundary k, at every token. PEFT has one ``lora_bias`` for the whole adapter, so
+all other layers carry a bias of zeros. Layers that training did not adapt get a LoRA of rank 1 with zero weights.
 """
 
 from __future__ import annotations
