@@ -49,7 +49,7 @@ def check_engagement(
     """Run an export beside the attached model.
 
     Args:
-        model: attached.
+        model: attached, if a language is given.
         language: which the export is for; None for an export that leaves the shift out.
         exported: (B, T) token ids → (B, T, vocabulary) logits of what was written, as it will be loaded.
         what: the export, for the error.
@@ -57,13 +57,9 @@ def check_engagement(
     Raises:
         ValueError: the export's logits are not the shifted ones: nearer to the unshifted than half the way.
     """
-    handle = model.shifcon
     tokens = probe_tokens(model)
-    inputs = tokens.to(model.get_input_embeddings().weight.device)
-    nobody = torch.full((len(inputs),), -1)
-    plain = _logits(model(input_ids=inputs, language_ids=nobody))
-    ids = nobody if language is None else handle.language_ids([language] * len(inputs))
-    wanted = _logits(model(input_ids=inputs, language_ids=ids))
+    plain = attached_logits(model, tokens, None)
+    wanted = attached_logits(model, tokens, language)
     got = exported(tokens).float().cpu()
     effect, error = float((wanted - plain).abs().max()), float((got - wanted).abs().max())
     scale = effect if language is not None else float(plain.abs().max())
@@ -77,5 +73,15 @@ def check_engagement(
     return Engagement(effect, error)
 
 
-def _logits(output: Any) -> Tensor:
-    return output.logits.float().cpu()
+@torch.no_grad()
+def attached_logits(model: Any, tokens: Tensor, language: str | None) -> Tensor:
+    """(B, T, vocabulary) float32 on the CPU; unshifted for None, which a model that is not attached takes too."""
+    inputs = {"input_ids": tokens.to(model.get_input_embeddings().weight.device)}
+    handle = getattr(model, "shifcon", None)
+    if handle is not None:
+        rows = len(tokens)
+        inputs["language_ids"] = (
+            torch.full((rows,), -1) if language is None else handle.language_ids([language] * rows)
+        )
+    logits: Tensor = model(**inputs).logits
+    return logits.float().cpu()

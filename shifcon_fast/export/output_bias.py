@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from shifcon_fast.export.vectors import ShiftVectors
 from shifcon_fast.modeling.architectures import Architecture, Decoder, locate_decoder
 
 _TOKENS = 6
@@ -58,6 +59,35 @@ def output_biases(model: nn.Module, blocks: Sequence[int]) -> dict[int, OutputBi
                 found[index] = OutputBias(names[layer], scale)
                 break
     return found
+
+
+def biases_for(vectors: ShiftVectors, base: nn.Module, target: str) -> dict[int, OutputBias]:
+    """boundary → the layer that ends the block before it.
+
+    Args:
+        vectors: a language's.
+        base: detached and without adapters, in eval mode.
+        target: for the error.
+
+    Raises:
+        ValueError: the first boundary is 0, or a block has no such layer; the message names what works instead.
+    """
+    vectors.refuse_below(
+        1,
+        target,
+        "nothing runs before block 0 that could have a bias",
+        "No server format reaches it: train with forward >= 1 (2 for --to gguf), or serve with shifcon_fast.load",
+    )
+    found = output_biases(base, [boundary - 1 for boundary in vectors.at])
+    missing = sorted(boundary - 1 for boundary in vectors.at if boundary - 1 not in found)
+    if missing:
+        raise ValueError(
+            f"{target}: {vectors.model_type} has no layer in block {missing[0]} whose bias reaches the block's "
+            "output unchanged (a norm follows its MLP, or tokens are routed to experts), so the shift cannot be a "
+            "bias; --to gguf (control vector, llama.cpp) and --to vllm (hotwire) add it behind the block instead, "
+            "beside --to merged --without-shift"
+        )
+    return {boundary: found[boundary - 1] for boundary in vectors.at}
 
 
 def _candidates(block: nn.Module, hidden_size: int) -> list[nn.Module]:

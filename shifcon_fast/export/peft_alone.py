@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
-from shifcon_fast.export.output_bias import OutputBias, output_biases
-from shifcon_fast.export.plain_copy import plain_copy
+from shifcon_fast.export.output_bias import OutputBias, biases_for
+from shifcon_fast.export.plain_copy import active_adapter, plain_copy
 from shifcon_fast.export.vectors import ShiftVectors, shift_vectors
 from shifcon_fast.storage import replacing
 from shifcon_fast.version import __version__
@@ -55,11 +55,11 @@ def export_peft(model: Any, language: str, folder: str | Path) -> Engagement:
             f"model: got {type(model).__name__}; wanted an attached PeftModel, as shifcon_fast.load returns it"
         )
     vectors = shift_vectors(model, language)
-    name = _active(model)
+    name = active_adapter(model)
     copied = plain_copy(model)
     config = _checked_config(copied, name)
     tensors = peft.get_peft_model_state_dict(copied, adapter_name=name)
-    biases = biases_for(vectors, copied, "--to peft")
+    biases = biases_for(vectors, plain_copy(copied).unload(), "--to peft")
     adapted = {
         key.removeprefix(_PREFIX): layer
         for key, layer in copied.named_modules()
@@ -86,42 +86,6 @@ def export_peft(model: Any, language: str, folder: str | Path) -> Engagement:
             return copied(input_ids=tokens.to(device)).logits
 
         return check_engagement(model, vectors.language, exported, "--to peft")
-
-
-def biases_for(vectors: ShiftVectors, adapted: Any, target: str) -> dict[int, OutputBias]:
-    """boundary → the layer that ends the block before it.
-
-    Args:
-        vectors: a language's.
-        adapted: a :func:`.plain_copy` of the PEFT model.
-        target: for the error.
-
-    Raises:
-        ValueError: the first boundary is 0, or a block has no such layer; the message names what works instead.
-    """
-    vectors.refuse_below(
-        1,
-        target,
-        "nothing runs before block 0 that could have a bias",
-        "No server format reaches it: train with forward >= 1 (2 for --to gguf), or serve with shifcon_fast.load",
-    )
-    base = plain_copy(adapted).unload()
-    found = output_biases(base, [boundary - 1 for boundary in vectors.at])
-    missing = sorted(boundary - 1 for boundary in vectors.at if boundary - 1 not in found)
-    if missing:
-        raise ValueError(
-            f"{target}: {vectors.model_type} has no layer in block {missing[0]} whose bias reaches the block's "
-            "output unchanged (a norm follows its MLP, or tokens are routed to experts), so the shift cannot be a "
-            "bias; --to gguf (control vector, llama.cpp) and --to vllm (hotwire) add it behind the block instead"
-        )
-    return {boundary: found[boundary - 1] for boundary in vectors.at}
-
-
-def _active(model: Any) -> str:
-    names = list(model.active_adapters)
-    if len(names) != 1:
-        raise ValueError(f"model: has the active adapters {names}; wanted one: call model.set_adapter(name)")
-    return str(names[0])
 
 
 def _checked_config(model: Any, name: str) -> peft.LoraConfig:

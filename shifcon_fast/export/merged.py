@@ -1,0 +1,155 @@
+"""Merged checkpoint: the adapter merged into the base weights, one language's shift baked as a bias of two layers.
+
+Any program that loads the architecture loads it: transformers, vLLM, converters. It speaks one language: every
+prompt is shifted. A layer that has a bias has the shift added to it; where none has one, ``mlp_bias`` of the configuration
+(Llama, Granite, SmolLM3) gives every MLP layer a bias, of zeros but for two.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shifcon_fast.export.engagement import Engagement, check_engagement
+from shifcon_fast.export.output_bias import OutputBias, biases_for
+from shifcon_fast.export.plain_copy import active_adapter, plain_copy
+from shifcon_fast.export.vectors import ShiftVectors, shift_vectors
+from shifcon_fast.storage import replacing
+from shifcon_fast.version import __version__
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+_TARGET = "--to merged"
+
+
+def export_merged(
+    model: Any, language: str | None, folder: str | Path, *, tokenizer: Any = None
+) -> Engagement:
+    """Write a plain Hugging Face checkpoint of the trained model with one language's shift in it.
+
+    Quantised weights are written out in the model's dtype, at the values that they were trained with. The check
+    loads what was written: memory for one more copy of the model, beside the one that is written.
+
+    Args:
+        model: a ``PeftModel`` with one active adapter, attached if a language is given; left as it is.
+        language: the one that the checkpoint speaks; None leaves the shift out, for servers that add it themselves.
+        folder: made if need be; ``from_pretrained(folder)`` loads it.
+        tokenizer: saved beside the weights.
+
+    Returns:
+        How far the shift moves the logits, and how far the checkpoint is from the attached model.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: nothing to shift; an architecture that has no place for it, with an export that has; files that
+            do not engage.
+    """
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}; wanted a PeftModel, as shifcon_fast.load returns it"
+        )
+    name = active_adapter(model)
+    vectors = shift_vectors(model, language) if language is not None else None
+    biases: Mapping[int, OutputBias] = {}
+    if vectors is not None:
+        base = plain_copy(model).unload()
+        biases = biases_for(vectors, base, _TARGET)
+        new = _biases_that_are_missing(base, biases, vectors)
+    merged = _merge(plain_copy(model), name)
+    if vectors is not None:
+        _bake(merged, vectors, biases, new)
+        merged.config.shifcon_fast = {
+            "version": __version__,
+            "language": vectors.language,
+            "pivot": vectors.pivot,
+            "boundaries": sorted(vectors.at),
+        }
+    device = model.get_input_embeddings().weight.device
+    others = [path.name for path in Path(folder).glob("model*.safetensors*")]
+    with replacing(folder, CONFIG, others) as staging:
+        merged.save_pretrained(str(staging))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        del merged
+
+        def exported(tokens: Tensor) -> Tensor:
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                str(staging), dtype="auto", device_map={"": device}, output_loading_info=True
+            )
+            if problems := {kind: keys for kind, keys in found.items() if keys}:
+                raise ValueError(f"{_TARGET}: what was written does not load whole: {problems}")
+            return loaded.eval()(input_ids=tokens.to(device)).logits
+
+        return check_engagement(model, vectors.language if vectors else None, exported, _TARGET)
+
+
+def _merge(copied: Any, name: str) -> PreTrainedModel:
+    """The base model with the adapter in its weights, none of them quantised."""
+    quantizer = getattr(copied.get_base_model(), "hf_quantizer", None)
+    if quantizer is None:
+        return copied.merge_and_unload(safe_merge=True)  # writes into no tensor that the copy shares
+    logger.info(
+        "The quantised weights are written out in full, at the values that the adapter was trained on"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        copied.save_pretrained(folder, selected_adapters=[name])
+        base = copied.unload()
+        base = base.dequantize(dtype=base.get_input_embeddings().weight.dtype)
+        saved = folder if name == "default" else str(Path(folder) / name)
+        adapted = peft.PeftModel.from_pretrained(base, saved)
+        return adapted.merge_and_unload(safe_merge=True)
+
+
+def _biases_that_are_missing(
+    base: Any, biases: Mapping[int, OutputBias], vectors: ShiftVectors
+) -> dict[str, int]:
+    """Layers that need a bias of zeros before the shift can be in one: name → size. Empty where they have one.
+
+    Raises:
+        ValueError: the architecture's layers have no bias, and its configuration cannot give them one.
+    """
+    places = [bias.module for bias in biases.values()]
+    if all(base.get_submodule(place).bias is not None for place in places):
+        return {}
+    config = copy.deepcopy(base.config)
+    if hasattr(config.get_text_config(), "mlp_bias"):
+        config.get_text_config().mlp_bias = True
+        with torch.device("meta"):
+            grown = type(base)(config)
+        modules = dict(base.named_modules())
+        new = {
+            name: layer.bias.shape[0]
+            for name, layer in grown.named_modules()
+            if getattr(layer, "bias", None) is not None and getattr(modules[name], "bias", None) is None
+        }
+        if new.keys() >= set(places):
+            return new
+    raise ValueError(
+        f"{_TARGET}: a checkpoint of {vectors.model_type} has no bias at {places[0]} (its configuration has no "
+        "mlp_bias), so the shift has no place in it; --to peft takes it, and --to gguf and --to vllm, beside "
+        "--to merged --without-shift"
+    )
+
+
+def _bake(
+    merged: Any, vectors: ShiftVectors, biases: Mapping[int, OutputBias], new: Mapping[str, int]
+) -> None:
+    for name, size in new.items():
+        layer = merged.get_submodule(name)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(size))
+    if new:
+        merged.config.get_text_config().mlp_bias = True
+    for boundary, place in biases.items():
+        layer = merged.get_submodule(place.module)
+        added = vectors.at[boundary].to(layer.bias.device) / place.scale
+        layer.bias = nn.Parameter((layer.bias.float() + added).to(layer.bias.dtype))
