@@ -1,8 +1,8 @@
 """Merged checkpoint: the adapter merged into the base weights, one language's shift baked as a bias of two layers.
 
 Any program that loads the architecture loads it: transformers, vLLM, converters. It speaks one language: every
-prompt is shifted. A layer that has a bias has the shift added to it; where none has one, ``mlp_bias`` of the configuration
-(Llama, Granite, SmolLM3) gives every MLP layer a bias, of zeros but for two.
+prompt is shifted. A layer that has a bias has the shift added to it; where none has one, ``mlp_bias`` of the
+configuration (Llama, Granite, SmolLM3) gives every MLP layer a bias, of zeros but for two.
 """
 
 from __future__ import annotations
