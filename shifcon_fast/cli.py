@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
-import typer
-from typer.core import TyperGroup
+from shifcon_fast.extras import MissingExtraError, needed_for
+
+with needed_for("the shifcon command"):
+    import typer
+    from typer.core import TyperGroup
 
 
 class GuardedGroup(TyperGroup):
@@ -36,7 +39,7 @@ class GuardedGroup(TyperGroup):
                 where = error.filename or "the output folder"
                 _fail(f"no space left on the disk of {where}; what was saved before is untouched", 1)
             _fail(str(error), 1)
-        except ArithmeticError as error:
+        except (ArithmeticError, MissingExtraError) as error:
             _fail(str(error), 1)
 
 

@@ -6,11 +6,13 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from shifcon_fast import _native, ops
+from shifcon_fast.extras import EXTRAS
 
 PACKAGES = (
     "shifcon-fast",
@@ -72,11 +74,24 @@ def native() -> dict[str, str]:
     }
 
 
+def extras() -> dict[str, str]:
+    """For each extra "installed", or what it lacks and what brings it."""
+    absent = {
+        extra: [module for module in modules if find_spec(module) is None]
+        for extra, modules in EXTRAS.items()
+    }
+    return {
+        extra: f'lacks {", ".join(modules)}: pip install "shifcon-fast[{extra}]"' if modules else "installed"
+        for extra, modules in absent.items()
+    }
+
+
 def examine() -> dict[str, Any]:
     """Everything ``shifcon doctor`` prints, ready for JSON.
 
     "nf4" maps each device to "works" or to what is wrong; it is found by quantising a matrix and reading it back.
-    "native" maps each compiled library to what :func:`native` says.
+    "native" maps each compiled library to what :func:`native` says, "extras" each extra to what :func:`extras`
+    says.
     """
     # transformers, peft and bitsandbytes come with it, which the rest of this file does without.
     from shifcon_fast.training.quantization import nf4_problem
@@ -86,6 +101,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions(),
+        "extras": extras(),
         "devices": [asdict(device) for device in present],
         "nf4": {device.name: nf4_problem(torch.device(device.name)) or "works" for device in present},
         "native": native(),
@@ -97,6 +113,8 @@ def describe(found: dict[str, Any]) -> str:
     """The result of :func:`examine` as text for a terminal."""
     lines = [f"Python {found['python']} on {found['platform']}", "", "packages"]
     lines += [f"  {name:14} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += ["", "extras"]
+    lines += [f"  {extra:14} {verdict}" for extra, verdict in found["extras"].items()]
     lines += ["", "devices"]
     for device in found["devices"]:
         memory = f", {device['memory'] / 2**30:.1f} GiB" if device["memory"] else ""

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids
+from shifcon_fast.notices import warn_once
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.quantization import load_quantized

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
 from shifcon_fast.evaluation.comparison import compare
 from shifcon_fast.evaluation.evaluate import evaluate as measure
-from shifcon_fast.evaluation.plots import distance_plot
-from shifcon_fast.evaluation.report import report_folder
+from shifcon_fast.evaluation.exact_match import check_installed
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sweep import sweep_area
-from shifcon_fast.evaluation.sweep_plot import sweep_plot
-from shifcon_fast.evaluation.sweep_section import sweep_table
+from shifcon_fast.evaluation.sweep_table import sweep_table
+from shifcon_fast.extras import MissingExtraError
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files
-from shifcon_fast.space.area import dose_warning, recommend_area
+from shifcon_fast.space.area import Area, dose_warning, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import FILE_NAME as SWEEP_FILE
 from shifcon_fast.space.sweep_result import AreaSweep
@@ -83,17 +82,12 @@ def profile(
     )
     left_over = _sweep_beside(space, output)
     area = recommend_area(space)
-    plot = distance_plot(
-        range(space.num_boundaries),
-        area.distances,
-        area.floor,
-        area=area.span,
-        split_distances=area.split_distances,
-    )
+    plot, no_plot = _drawn(_distance_plot, space, area)
     with replacing(output, space_files.CARD, (space_files.TENSORS, AREA_FILE, DISTANCE_PLOT)) as staging:
         space.save(staging)
         write_json(staging / AREA_FILE, asdict(area))
-        (staging / DISTANCE_PLOT).write_bytes(plot)
+        if plot is not None:
+            (staging / DISTANCE_PLOT).write_bytes(plot)
     warning = dose_warning(space, *area.span) if area.span else None
     lines = [
         space_table(space, area),
@@ -101,8 +95,35 @@ def profile(
         area.reason,
         *([f"warning: {warning}"] if warning else []),
         *left_over,
+        *no_plot,
     ]
     return "\n".join([*lines, "", f"written to {output}"])
+
+
+def _distance_plot(space: LanguageSpace, area: Area) -> bytes:
+    from shifcon_fast.evaluation.plots import distance_plot
+
+    return distance_plot(
+        range(space.num_boundaries),
+        area.distances,
+        area.floor,
+        area=area.span,
+        split_distances=area.split_distances,
+    )
+
+
+def _sweep_plot(sweep: AreaSweep, alpha: float, area: Area) -> bytes:
+    from shifcon_fast.evaluation.sweep_plot import sweep_plot
+
+    return sweep_plot(sweep, alpha=alpha, chosen=area.span)
+
+
+def _drawn(draw: Callable[..., bytes], *of: Any) -> tuple[bytes | None, list[str]]:
+    """A picture; or None, and a line that says why there is none: what was measured is worth more than it."""
+    try:
+        return draw(*of), []
+    except MissingExtraError as error:
+        return None, [f"the picture is left out: {error}"]
 
 
 def _sweep_beside(space: LanguageSpace, folder: Path) -> list[str]:
@@ -157,14 +178,18 @@ def sweep(
     found = sweep_area(loaded, tokenizer, loaded_space, parallel, questions, output=output, **options)
     areas = [recommend_area(loaded_space, alpha=alpha) for alpha in found.alphas]
     write_json(output / AREA_FILE, asdict(areas[0]))
+    left_out: list[str] = []
     for alpha, area in zip(found.alphas, areas, strict=True):
         name = "sweep.svg" if len(areas) == 1 else f"sweep-alpha-{alpha:g}.svg"
-        write_file(output / name, sweep_plot(found, alpha=alpha, chosen=area.span))
+        plot, left_out = _drawn(_sweep_plot, found, alpha, area)
+        if plot is not None:
+            write_file(output / name, plot)
     return "\n".join(
         [
             sweep_table(found),
             "",
             *(area.reason for area in areas),
+            *left_out,
             "",
             f"{len(found.areas)} areas, measured in {found.seconds / 60:.1f} minutes; written to {output}",
             f"next: shifcon train --model {model} --space {output} ...{'' if areas[0].span else ' --no-shift'}"
@@ -295,11 +320,13 @@ def evaluate(
             wanted.insert(0, pivot)
         text = read_parallel(parallel, allow_missing=allow_missing, languages=wanted)
         pivot = _pivot_of(pivot, text, parallel)
+    asked = None
+    if questions:
+        asked = read_questions(questions, languages=languages, allow_missing=allow_missing)
+        check_installed(asked)  # before a model is loaded
     settings: dict[str, Any] = {
         "parallel": text,
-        "questions": read_questions(questions, languages=languages, allow_missing=allow_missing)
-        if questions
-        else None,
+        "questions": asked,
         "pivot": pivot,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
@@ -399,4 +426,6 @@ def generate(
 
 def report(folder: Path, output: Path | None = None) -> str:
     """Write the self-contained HTML page of a run, an evaluation or a profile; return where it is."""
+    from shifcon_fast.evaluation.report import report_folder
+
     return str(report_folder(folder, output or folder / "report.html"))

@@ -450,6 +450,7 @@ def test_doctor_names_every_operator_and_its_backend() -> None:
         "subspace_project",
     }
     assert found["nf4"]["cpu"] == "works"
+    assert found["extras"] == {"cli": "installed", "eval": "installed", "data": "installed"}
     assert found["versions"]["torch"] == torch.__version__
     assert "operators" in shifcon("doctor").text
 

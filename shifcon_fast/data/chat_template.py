@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -90,12 +89,6 @@ def stopping_ids(generation_config: Any, ends: Sequence[int]) -> list[int]:
     own = getattr(generation_config, "eos_token_id", None)
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     return list(dict.fromkeys(int(token_id) for token_id in (*ends, *own)))
-
-
-@lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """Log a warning the first time it comes up."""
-    logger.warning("%s", message)
 
 
 def _apply(tokenizer: Any, turns: Sequence[Turn], where: str, settings: dict[str, Any]) -> Any:

@@ -29,11 +29,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from babel.core import Locale, UnknownLocaleError, get_global
-from babel.numbers import get_territory_currencies
-
 from shifcon_fast.data.cldr_wording import WORDINGS, Wording
 from shifcon_fast.data.errors import DataError
+from shifcon_fast.extras import needed_for
+
+with needed_for("questions from CLDR"):
+    from babel.core import Locale, UnknownLocaleError, get_global
+    from babel.numbers import get_territory_currencies
 
 Kind = Literal["language", "currency", "continent"]
 Split = Literal["train", "dev", "test"]

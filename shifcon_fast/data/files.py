@@ -30,6 +30,7 @@ from typing import Any
 
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.row import Row
+from shifcon_fast.extras import needed_for
 
 logger = logging.getLogger(__name__)
 
@@ -250,8 +251,9 @@ def _row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
 
 
 def _read_parquet(path: Path, data: bytes) -> list[Row]:
-    import pyarrow
-    from pyarrow import parquet
+    with needed_for(f"{path}: Parquet"):
+        import pyarrow
+        from pyarrow import parquet
 
     try:
         values = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()

@@ -24,10 +24,10 @@ from shifcon_fast.data.chat_template import (
     has_template,
     render_ids,
     render_text,
-    warn_once,
 )
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction, Turn
+from shifcon_fast.notices import warn_once
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.files import FILE_KINDS, read_file
 from shifcon_fast.data.row import Row
+from shifcon_fast.extras import needed_for
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 """A file, a dataset folder, a Hugging Face dataset id, or rows in memory (dataset, DataFrame, list of dicts)."""
@@ -89,7 +90,8 @@ def _read_dataset(source: str) -> list[Row]:
     if not is_folder and (looks_like_file or not _DATASET_ID.fullmatch(name)):
         raise DataError(f"{source}: no such file; wanted {FILE_KINDS}, or a Hugging Face dataset id")
 
-    import datasets  # slow to import, and files do not need it
+    with needed_for(f"{source} is no file, and a Hugging Face dataset"):
+        import datasets  # slow to import, and files do not need it
 
     try:
         if is_folder and (Path(name) / "state.json").is_file():  # what Dataset.save_to_disk writes

@@ -18,10 +18,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
+from typing import Any
 
 from shifcon_fast.data.languages import find_language, primary_code, script_of
+from shifcon_fast.extras import needed_for
 
 OTHER = "other"
 """What :meth:`AnswerLanguage.identify` says of a script that no candidate uses."""
@@ -83,7 +83,7 @@ class AnswerLanguage:
                 f"languages names {', '.join(map(repr, unknown))}, which py3langid cannot tell; it knows "
                 f"{', '.join(sorted(_known_labels()))}"
             )
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        self._identifier = _load_identifier()
         self.confidence = confidence
 
     def identify(self, text: str) -> str | None:
@@ -144,7 +144,14 @@ def _scripts(language: str) -> set[str]:
 
 @lru_cache(maxsize=1)
 def _known_labels() -> frozenset[str]:
-    return frozenset(LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).labels)
+    return frozenset(_load_identifier().labels)
+
+
+def _load_identifier() -> Any:
+    with needed_for("telling the language of an answer"):
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @lru_cache(maxsize=4096)

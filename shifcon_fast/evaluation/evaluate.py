@@ -18,7 +18,13 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
-from shifcon_fast.evaluation.exact_match import FewShot, Templates, answer_questions, default_stop_strings
+from shifcon_fast.evaluation.exact_match import (
+    FewShot,
+    Templates,
+    answer_questions,
+    check_installed,
+    default_stop_strings,
+)
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -95,6 +101,7 @@ def evaluate(
         if questions is not None
         else []
     )
+    check_installed(asked)
     if text:
         pivot = find_language(pivot, text) or pivot
         check_parallel(text, pivot)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids, warn_once
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids
 from shifcon_fast.data.few_shot import PLACE
 from shifcon_fast.data.instructions import Turn
 from shifcon_fast.data.languages import find_language, primary_code
@@ -27,9 +27,11 @@ from shifcon_fast.evaluation.answer_language import AnswerLanguage, can_be_told
 from shifcon_fast.evaluation.answer_words import ANSWER_WORDS, TURN_TOKENS, TURNS
 from shifcon_fast.evaluation.grading import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
+from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.language_ids import unshifted
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
+from shifcon_fast.notices import warn_once
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +63,20 @@ class Outcome:
     parsed: str | None
     correct: bool
     in_language: bool | None
+
+
+def check_installed(questions: Iterable[Question]) -> None:
+    """Raise where open questions are to be answered, and a package that reads the answers is not installed.
+
+    ``answer_questions`` would as well, after whatever was measured before.
+
+    Raises:
+        MissingExtraError: it names the extra.
+    """
+    if any(not question.choices for question in questions):
+        with needed_for("reading answers to open questions"):
+            import babel  # noqa: F401
+            import py3langid  # noqa: F401
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-
-from babel import Locale, UnknownLocaleError
-from babel.numbers import get_currency_name
-from babel.units import format_unit
+from typing import TYPE_CHECKING
 
 from shifcon_fast.data.languages import primary_code
+from shifcon_fast.extras import needed_for
+
+if TYPE_CHECKING:
+    from babel import Locale
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ def _unit_words(language: str | None) -> frozenset[str]:
     locale = _locale(language or "en")
     if locale is None:
         return _MORE_UNITS
+    with needed_for("reading units in answers"):
+        from babel.numbers import get_currency_name
+        from babel.units import format_unit
+
     names = [*locale.currency_symbols.values()]
     names += [
         get_currency_name(str(code), count, locale) for code in locale.currencies for count in (1, 2, 5)
@@ -90,6 +95,9 @@ def _unit_words(language: str | None) -> frozenset[str]:
 @lru_cache(maxsize=1024)
 def _locale(language: str) -> Locale | None:
     """The CLDR locale of a code, or of its language alone; None where CLDR has neither."""
+    with needed_for("reading numbers in answers"):
+        from babel import Locale, UnknownLocaleError
+
     for code in (language.replace("-", "_"), primary_code(language)):
         try:
             return Locale.parse(code)

@@ -11,11 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.evaluation.plot_style import (
@@ -28,6 +23,14 @@ from shifcon_fast.evaluation.plot_style import (
     readable_on,
     to_bytes,
 )
+from shifcon_fast.extras import needed_for
+
+with needed_for("a picture"):
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Looks = dict[str, tuple[str, str]]
 """System → colour and mark."""

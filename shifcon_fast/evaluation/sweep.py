@@ -24,6 +24,7 @@ from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
 from shifcon_fast.evaluation.area_effects import EffectMeter
 from shifcon_fast.evaluation.evaluate import eval_mode, package_versions
+from shifcon_fast.evaluation.exact_match import check_installed
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.retrieval import check_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
@@ -111,6 +112,7 @@ def sweep_area(
             raise ValueError(f"{name}: got {value}; wanted at least 1")
     text = _sentences(parallel, space, languages, sentences, allow_missing)
     asked = _questions(questions, list(text), max_questions, allow_missing)
+    check_installed(asked)
     identity = _identity(model, space, text, asked, max_new_tokens)
     others = [language for language in text if language != space.pivot]
 

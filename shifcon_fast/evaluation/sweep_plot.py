@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from shifcon_fast.evaluation.plot_style import LIGHT, WIDTH, Format, Theme, new_figure, readable_on, to_bytes
+from shifcon_fast.extras import needed_for
 from shifcon_fast.space.sweep_result import AreaSweep, SweptArea
+
+with needed_for("a picture"):
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 _MOST_NUMBERED = 9  # values of an axis up to which cells are numbered
 _LARGEST_RATIO = 10.0  # a model that far off says nothing; the colours end there

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
+from shifcon_fast.extras import missing
+from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.recipe import RECIPES
 
 # Arguments whose default is the recipe's, and the recipe's name for them where it differs.
@@ -45,6 +48,16 @@ _AT_LEAST = {
     "max_length_pivot": 2,
     "max_length_other": 2,
 }
+
+
+def _default_report_to() -> str:
+    if is_tensorboard_available():
+        return "tensorboard"
+    warn_once(
+        "report_to: tensorboard is not installed, so the losses are in training_log.json alone (pip install "
+        '"shifcon-fast[cli]" brings it; report_to="none" says that this is meant)'
+    )
+    return "none"
 
 
 @dataclass
@@ -157,7 +170,8 @@ class ShifConArguments(TrainingArguments):
         default=False, metadata={"help": "Not used: a loss that is not finite ends the run."}
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser takes the second
-        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, none, ..."}
+        default=None,
+        metadata={"help": "Where to log: tensorboard, wandb, none, ... Default: tensorboard, if installed."},
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Resume callbacks, such as early stopping, where they were."}
@@ -185,6 +199,10 @@ class ShifConArguments(TrainingArguments):
         if recipe.area is not None and self.forward is None and self.backward is None:
             self.forward, self.backward = recipe.area
         self._check()
+        if self.report_to is None:
+            self.report_to = _default_report_to()
+        elif "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise missing("report_to: tensorboard", "tensorboard", "cli")
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False

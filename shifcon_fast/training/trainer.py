@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, warn_once
+from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
 from shifcon_fast.data.instructions import Instruction, read_instructions
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.rows import Source
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.vocabulary import embedding_rows
+from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import replacing, staging_folder

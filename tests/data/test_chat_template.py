@@ -12,10 +12,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from shifcon_fast.data.chat_template import end_of_turn, stopping_ids, warn_once
+from shifcon_fast.data.chat_template import end_of_turn, stopping_ids
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction, Turn
 from shifcon_fast.data.prompts import EncodedExample, encode_example, encode_prompt
+from shifcon_fast.notices import warn_once
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from shifcon_fast.data.chat_template import warn_once
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.exact_match import _StopStrings, answer_questions, default_stop_strings
 from shifcon_fast.evaluation.grading import is_correct, normalise_text
+from shifcon_fast.notices import warn_once
 
 QUESTIONS = [
     Question(0, "en", "Ada lives in ?", "Rome"),

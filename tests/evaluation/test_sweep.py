@@ -23,7 +23,7 @@ from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.evaluation.sweep import candidate_areas, sweep_area
-from shifcon_fast.evaluation.sweep_section import sweep_table
+from shifcon_fast.evaluation.sweep_table import sweep_table
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.language_space import LanguageSpace

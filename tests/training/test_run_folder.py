@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import shifcon_fast as sf
-from shifcon_fast.data.chat_template import warn_once
 from shifcon_fast.data.instructions import Instruction
+from shifcon_fast.notices import warn_once
 from shifcon_fast.training import run_folder
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
