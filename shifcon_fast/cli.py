@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated
 
-from shifcon_fast.extras import MissingExtraError, needed_for
+from shifcon_fast import cli_options as options
+from shifcon_fast.console import GuardedGroup
+from shifcon_fast.extras import needed_for
 
 with needed_for("the shifcon command"):
     import typer
-    from typer.core import TyperGroup
-
-
-class GuardedGroup(TyperGroup):
-    """Turns the errors a user can mend into one clear line and an exit code.
-
-    Exit codes: 2 for bad input, 1 for what went wrong in the run (a full disk, a NaN loss), 130 for Ctrl-C.
-    ``SHIFCON_DEBUG=1`` lets the traceback through instead.
-    """
-
-    def invoke(self, ctx: Any) -> Any:
-        _show_messages()
-        if os.environ.get("SHIFCON_DEBUG"):
-            return super().invoke(ctx)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _fail("interrupted; what was finished is saved", 130)
-        except (ValueError, TypeError) as error:
-            _fail(str(error), 2)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                where = error.filename or "the output folder"
-                _fail(f"no space left on the disk of {where}; what was saved before is untouched", 1)
-            _fail(str(error), 1)
-        except (ArithmeticError, MissingExtraError) as error:
-            _fail(str(error), 1)
-
-
-class _Console(logging.Handler):
-    """Prints what the package logs: what was guessed, left out or not engaged."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        typer.secho(self.format(record), err=True, fg=typer.colors.YELLOW if warning else None)
-
-
-def _show_messages() -> None:
-    logger = logging.getLogger("shifcon_fast")
-    if not any(isinstance(handler, _Console) for handler in logger.handlers):
-        logger.addHandler(_Console())
-    logger.setLevel(logging.INFO)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.secho(f"error: {message}", err=True, fg=typer.colors.RED)
-    raise SystemExit(code)
 
 
 app = typer.Typer(
@@ -80,74 +33,6 @@ app = typer.Typer(
     ),
 )
 
-Model = Annotated[str, typer.Option("--model", help="Hugging Face id, model folder, or the folder of a run.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to write to; made if it is not there.")]
-Parallel = Annotated[
-    str,
-    typer.Option(
-        "--parallel",
-        help='Parallel sentences: {"en": "...", "sw": "..."} a row, as JSON Lines, JSON, CSV, TSV or Parquet, or a '
-        "dataset id.",
-    ),
-]
-Quantization = Annotated[
-    str, typer.Option("--quantization", help="nf4: 4-bit base weights (bitsandbytes). none: as saved.")
-]
-QuantizationOfModel = Annotated[
-    Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
-    typer.Option(
-        "--quantization", help="nf4 or none. Default: as a run was trained; nf4 for models that are no run."
-    ),
-]
-Languages = Annotated[
-    Optional[str],  # noqa: UP045 - typer on Python 3.10 wants the old form
-    typer.Option(
-        "--languages",
-        help="Comma-separated codes to use, such as en,sw,bn, in any form (swh_Latn, pt-BR). Default: all.",
-    ),
-]
-AllowMissing = Annotated[
-    bool,
-    typer.Option("--allow-missing", help="Drop rows in which a language is missing (null, NaN or blank)."),
-]
-RemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless you trust it."),
-]
-Base = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--base", help="Base model of the run, if it is no longer where it was trained from."),
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sentences a batch.")]
-
-
-def _split(codes: str | None) -> list[str] | None:
-    return codes.replace(",", " ").split() or None if codes else None
-
-
-def _with_new_lines(text: str) -> str:
-    """``\\n`` as it can be typed in a shell."""
-    return text.replace("\\n", "\n")
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag}: got {text!r}; wanted numbers, such as 0.5,1") from None
-
-
-def _areas(text: str | None) -> list[tuple[int, int]] | None:
-    """``4:12,8:20`` as pairs."""
-    if text is None:
-        return None
-    try:
-        return [
-            (int(forward), int(backward)) for forward, backward in (a.split(":") for a in text.split(","))
-        ]
-    except ValueError:
-        raise ValueError(f"--areas: got {text!r}; wanted pairs forward:backward, such as 4:12,8:20") from None
-
 
 @app.command()
 def doctor(
@@ -165,35 +50,35 @@ def doctor(
 
 @app.command()
 def profile(
-    model: Model,
-    parallel: Parallel,
-    output: Output,
+    model: options.Model,
+    parallel: options.Parallel,
+    output: options.Output,
     pivot: Annotated[str, typer.Option(help="The dominant language.")] = "en",
-    languages: Languages = None,
-    quantization: Quantization = "nf4",
-    batch_size: BatchSize = 16,
+    languages: options.Languages = None,
+    quantization: options.Quantization = "nf4",
+    batch_size: options.BatchSize = 16,
     rank: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             min=1,
             help="Directions of every language subspace. Default: 32, or what half the sentences allow.",
         ),
     ] = None,
     variance: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Instead of --rank: each subspace holds this share of the variance (the paper's way, 0.9); "
             "distances then grow with the rank."
         ),
     ] = None,
     max_length: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             min=2, help="Cut sentences to this many tokens. Default: refuse those beyond the context."
         ),
     ] = None,
-    allow_missing: AllowMissing = False,
-    trust_remote_code: RemoteCode = False,
+    allow_missing: options.AllowMissing = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Estimate a model's language space and recommend the layer area to shift.
 
@@ -210,7 +95,7 @@ def profile(
         parallel,
         output,
         pivot=pivot,
-        languages=_split(languages),
+        languages=options.split_codes(languages),
         quantization=quantization,
         batch_size=batch_size,
         rank=rank,
@@ -224,31 +109,24 @@ def profile(
 
 @app.command()
 def sweep(
-    model: Model,
+    model: options.Model,
     space: Annotated[Path, typer.Option("--space", help="Folder of `shifcon profile` on this model.")],
-    parallel: Parallel,
-    questions: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--questions",
-            help='Questions with choices, or open ones (slow): {"answer": 18, "en": "...", "sw": "..."} a line.',
-        ),
-    ] = None,
+    parallel: options.Parallel,
+    questions: options.Questions = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--output", help="Folder to write to. Default: that of the space, where train looks."),
     ] = None,
     areas: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--areas", help="Areas to try, such as 4:12,8:20. Default: a grid of about 20."),
     ] = None,
     grid: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Boundaries between the areas' ends. Default: a sixth of the blocks."),
     ] = None,
     min_width: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Least boundaries of an area. Default: a sixth of the blocks."),
+        int | None, typer.Option(min=1, help="Least boundaries of an area. Default: a sixth of the blocks.")
     ] = None,
     alpha: Annotated[
         str, typer.Option("--alpha", help="Length of the shift, or several, such as 0.5,1.")
@@ -259,15 +137,15 @@ def sweep(
         float,
         typer.Option(min=0.0, help="Share by which a recommended area may raise a language's perplexity."),
     ] = 0.1,
-    languages: Languages = None,
-    quantization: Quantization = "nf4",
-    batch_size: BatchSize = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to an open question.")] = 64,
+    languages: options.Languages = None,
+    quantization: options.Quantization = "nf4",
+    batch_size: options.BatchSize = 16,
+    max_new_tokens: options.MaxNewTokens = 64,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over where a sweep is there.")
     ] = False,
-    allow_missing: AllowMissing = False,
-    trust_remote_code: RemoteCode = False,
+    allow_missing: options.AllowMissing = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Try layer areas with the shift on and no training, and decide on one, or on none.
 
@@ -286,14 +164,14 @@ def sweep(
             parallel,
             questions=questions,
             output=output,
-            areas=_areas(areas),
+            areas=options.split_areas(areas),
             grid=grid,
             min_width=min_width,
-            alpha=_numbers("--alpha", alpha),
+            alpha=options.split_numbers("--alpha", alpha),
             sentences=sentences,
             max_questions=max_questions,
             max_perplexity_rise=max_perplexity_rise,
-            languages=_split(languages),
+            languages=options.split_codes(languages),
             quantization=quantization,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -308,8 +186,7 @@ def sweep(
 def train(
     context: typer.Context,
     config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--config", help="YAML file of fields; flags override it."),
+        Path | None, typer.Option("--config", help="YAML file of fields; flags override it.")
     ] = None,
     help_all: Annotated[
         bool, typer.Option("--help-all", help="List every field that --config and flags can set.")
@@ -339,29 +216,25 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Model,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     parallel: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--parallel", help="Held-out parallel sentences: retrieval, MEXA, perplexity."),
     ] = None,
-    questions: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--questions", help='Questions: {"answer": 18, "en": "...", "sw": "..."} a line.'),
-    ] = None,
+    questions: options.Questions = None,
     against: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--against", help="A second model or run (or its evaluation folder) to compare with."),
     ] = None,
     pivot: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--pivot", help="The dominant language. Default: the run's, or en."),
+        str | None, typer.Option("--pivot", help="The dominant language. Default: the run's, or en.")
     ] = None,
-    languages: Languages = None,
-    base: Base = None,
-    quantization: QuantizationOfModel = None,
-    batch_size: BatchSize = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    languages: options.Languages = None,
+    base: options.Base = None,
+    quantization: options.QuantizationOfModel = None,
+    batch_size: options.BatchSize = 16,
+    max_new_tokens: options.MaxNewTokens = 256,
     prompt_template: Annotated[
         str,
         typer.Option(
@@ -369,14 +242,14 @@ def evaluate(
         ),
     ] = "{question}",
     few_shot: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help='Worked examples: {"en": {"question": "...", "response": "..."}, "sw": ...} a line, or "lang", '
             '"prompt" and "response". They go through the template.'
         ),
     ] = None,
     stop: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             help=r"Text that ends an answer, \n for a new line; may be repeated; one empty text: none. Default: "
             "what begins a new question or turn, and none where the tokenizer has a chat template."
@@ -385,8 +258,8 @@ def evaluate(
     choice_chat_template: Annotated[
         bool, typer.Option(help="Score the choices of a question after the chat template, as an answer.")
     ] = False,
-    allow_missing: AllowMissing = False,
-    trust_remote_code: RemoteCode = False,
+    allow_missing: options.AllowMissing = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Measure, by language: retrieval and MEXA at every boundary, perplexity, answers and their language, choices.
 
@@ -396,7 +269,6 @@ def evaluate(
     With --against, differences come with intervals from a paired bootstrap over the same items.
     """
     from shifcon_fast import workflow
-    from shifcon_fast.data.few_shot import PLACE
 
     typer.echo(
         workflow.evaluate(
@@ -406,14 +278,14 @@ def evaluate(
             questions=questions,
             against=against,
             pivot=pivot,
-            languages=_split(languages),
+            languages=options.split_codes(languages),
             base=base,
             quantization=quantization,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            prompt_template=_with_new_lines(prompt_template) if PLACE in prompt_template else prompt_template,
+            prompt_template=options.template_text(prompt_template),
             few_shot=few_shot,
-            stop_strings=None if stop is None else [_with_new_lines(text) for text in stop if text],
+            stop_strings=None if stop is None else [options.with_new_lines(text) for text in stop if text],
             choice_chat_template=choice_chat_template,
             allow_missing=allow_missing,
             trust_remote_code=trust_remote_code,
@@ -423,19 +295,19 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Model,
+    model: options.Model,
     language: Annotated[
         str, typer.Option("--language", help="Language of the prompts: its code in the space.")
     ],
     prompts: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Prompts. Without any, one prompt a line is read from standard input."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: options.MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    quantization: QuantizationOfModel = None,
-    base: Base = None,
-    trust_remote_code: RemoteCode = False,
+    quantization: options.QuantizationOfModel = None,
+    base: options.Base = None,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Answer prompts with a trained run, shifted by their language.
 
@@ -461,8 +333,7 @@ def generate(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, an evaluation or a profile.")],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", help="HTML file to write. Default: report.html in the folder."),
+        Path | None, typer.Option("--output", help="HTML file to write. Default: report.html in the folder.")
     ] = None,
 ) -> None:
     """Put what a folder holds (area, training curves, evaluation) into one self-contained HTML page."""
@@ -473,11 +344,10 @@ def report(
 
 @app.command()
 def demo(
-    output: Output = Path("demo-output"),
+    output: options.Output = Path("demo-output"),
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds a system.")] = 3,
     jobs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Trainings at a time, one thread each. Default: one a core."),
+        int | None, typer.Option(min=1, help="Trainings at a time, one thread each. Default: one a core.")
     ] = None,
 ) -> None:
     """Run the whole method on a generated multilingual world, without a download, and write a report.
