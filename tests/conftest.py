@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -72,16 +73,89 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 # --- models, text, data -------------------------------------------------------------------------------------------
 
-# What each architecture needs beyond the common sizes.
+# What each architecture needs beyond the common sizes. Where blocks differ, four of them have each kind.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _EXTRA: dict[str, dict[str, object]] = {
-    "gemma2": {"head_dim": 8, "sliding_window": 16},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 16},
+    "mistral": {"sliding_window": 16},
+    "ministral": {"head_dim": 8, "layer_types": [_FULL, _SLIDING] * 2, "sliding_window": 16},
+    "ministral3": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
     "qwen3": {"head_dim": 8},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8, "mlp_only_layers": [1]},
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", _FULL] * 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "llama4_text": {
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 2,
+        "num_local_experts": 4,
+        "attention_chunk_size": 16,
+        "layer_types": ["chunked_attention", _FULL] * 2,
+        "no_rope_layers": [1, 0] * 2,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "layer_types": [_SLIDING, _FULL] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+    },
     "phi3": {"pad_token_id": 0},
     "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.35, "logits_scaling": 2.0},
+    "granitemoehybrid": {
+        "residual_multiplier": 0.5,
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "lfm2": {"layer_types": ["conv", _FULL] * 2, "block_auto_adjust_ff_dim": False},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 16},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 16},
+    "gemma4_text": {  # like E2B: an input of its own for each layer; the last two share keys and values
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+        "layer_types": [_SLIDING, _FULL] * 2,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 16,
+    },
+    "gemma4_unified_text": {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "layer_types": [_SLIDING, _FULL] * 2,
+        "sliding_window": 16,
+    },
+    "olmo3": {"layer_types": [_SLIDING, _FULL] * 2, "sliding_window": 16},
+    "exaone4": {"layer_types": [_SLIDING, _FULL] * 2, "sliding_window": 16},
+    "cohere2": {"head_dim": 8, "layer_types": [_SLIDING, _FULL] * 2, "sliding_window": 16},
+    "starcoder2": {"sliding_window": 16},
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"word_embed_proj_dim": 16, "dropout": 0.0},
+    "xglm": {"scale_embedding": False, "dropout": 0.0, "attention_dropout": 0.0},
 }
-_COMMON_NAMES = {"bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}}
+_COMMON_NAMES = {
+    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    "gpt2": {"max_position_embeddings": "n_positions"},
+    "opt": {"intermediate_size": "ffn_dim"},
+    "xglm": {"intermediate_size": "ffn_dim"},
+}
 
 
 def build_tiny_model(
@@ -92,10 +166,18 @@ def build_tiny_model(
     seed: int = 0,
     vocab: int = 128,
     dtype: torch.dtype = torch.float32,
+    **options: object,
 ) -> PreTrainedModel:
-    """A random causal language model in eval mode; the norm weights are random too: no norm is the identity."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A random causal language model in eval mode; the norm weights are random too: no norm is the identity.
 
+    Args:
+        options: further fields of the configuration.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if architecture not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not have {architecture}")
     sizes: dict[str, object] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -110,9 +192,13 @@ def build_tiny_model(
     }
     names = _COMMON_NAMES.get(architecture, {})
     sizes = {names.get(name, name): value for name, value in sizes.items()}
-    if architecture in ("gpt_neox", "bloom"):
+    if architecture in ("gpt_neox", "bloom", "gpt2", "falcon", "opt", "xglm"):
         sizes.pop("num_key_value_heads")
-    config = AutoConfig.for_model(architecture, **{**sizes, **_EXTRA.get(architecture, {})})
+    extra = dict(_EXTRA.get(architecture, {}))
+    for name in ("layer_types", "no_rope_layers"):
+        if name in extra:
+            extra[name] = list(itertools.islice(itertools.cycle(extra[name]), layers))
+    config = AutoConfig.for_model(architecture, **{**sizes, **extra, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -120,8 +206,11 @@ def build_tiny_model(
             for name, parameter in model.named_parameters():
                 if "norm" in name and name.endswith("weight"):
                     parameter.add_(0.2 * torch.randn_like(parameter))
-                elif parameter.dim() == 2:  # the library's 0.02 would make every block nearly the identity
+                elif parameter.dim() >= 2:  # the library's 0.02 would make every block nearly the identity
                     parameter.normal_(0.0, 0.15)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    buffer.uniform_(0.5, 1.5)
     return model.to(dtype).eval()
 
 

@@ -239,10 +239,10 @@ class ShiftHandle:
     @property
     def engagements(self) -> dict[int, dict[str, int]]:
         """block → norm site → runs through ``ops.add_shift_rms_norm``. Compiled code is not counted."""
-        sites = self._decoder.architecture.norm_sites
+        architecture, blocks = self._decoder.architecture, self._decoder.blocks
         return {
-            index: {site: counts.engaged[site] for site in sites}
-            for index, counts in enumerate(self._norm_counts())
+            index: {site: counts.engaged[site] for site in architecture.norm_sites(block)}
+            for index, (block, counts) in enumerate(zip(blocks, self._norm_counts(), strict=True))
         }
 
     @property

@@ -7,6 +7,7 @@ With r the residual stream, N a norm, A attention, M the MLP, and s the shift (t
     post_norm    r ← r + s;  r ← r + N1 A(r);         r ← r + N2 M(r)
     shift_only   r ← r + s;  the block's own forward
 
+A and M are the row's ``mixer`` and ``feed_forward``: another mixer, or experts, may stand in their places.
 The shift and the first residual add ride along with the norm that reads their sum. Unshifted, every layout performs
 the operations of transformers' forward in the same order; the fused add sums in float32 and rounds once, which is
 what a bfloat16 or float16 addition does too.
@@ -22,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
+from shifcon_fast.modeling.branches import Arguments, Norm
 from shifcon_fast.modeling.norms import Shift, add_norm, add_shift
 
 SHIFT_TABLE = "_shifcon_shift"
@@ -40,16 +42,14 @@ def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     def forward(
         self: nn.Module, hidden_states: Tensor, *args: Any, language_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        table = self._buffers.get(SHIFT_TABLE)
-        shift = None
-        if table is not None and language_ids is not None:
-            device = hidden_states.device
-            shift = Shift(table.to(device), language_ids.to(device))
+        shift = _shift_of(self, hidden_states, language_ids)
         if architecture.layout == "shift_only":
             hidden_states = hidden_states if shift is None else add_shift(hidden_states, shift)
             return original.forward(self, hidden_states, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         out, weights = _LAYOUTS[architecture.layout](self, architecture, hidden_states, shift, kwargs)
+        if architecture.finish is not None:
+            out = architecture.finish(self, out, kwargs, _norm_of(self, architecture))
         if not returns_tuple:
             return out
         return (out, weights) if kwargs.get("output_attentions") else (out,)
@@ -57,13 +57,32 @@ def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     return forward
 
 
+def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | None) -> Shift | None:
+    """What this call of a block adds to its input; None where there is nothing to add."""
+    table = block._buffers.get(SHIFT_TABLE)
+    if table is None or language_ids is None:
+        return None
+    if hidden_states.dim() != 3 or hidden_states.shape[0] != language_ids.shape[0]:
+        raise ValueError(
+            f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, wanted "
+            f"({language_ids.shape[0]}, tokens, hidden size): its residual stream cannot be shifted row by row."
+        )
+    return Shift(table.to(hidden_states.device), language_ids.to(hidden_states.device))
+
+
+def _norm_of(block: nn.Module, architecture: Architecture) -> Norm:
+    return lambda site, x: add_norm(block, site, architecture, x)[0]
+
+
 def _pre_norm(
-    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, arguments: Arguments
 ) -> LayoutOutput:
-    y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
-    branch, weights = block.self_attn(hidden_states=y, **attention)
-    y, h = add_norm(block, "post_attention_layernorm", row, _scale(block, row, branch, 0), residual=h)
-    return h + _scale(block, row, block.mlp(y), 1), weights
+    first, second = row.norm_names
+    y, h = add_norm(block, first, row, x, shift=shift)
+    branch, weights = row.mixer(block, y, arguments)
+    y, h = add_norm(block, second, row, _scale(block, row, branch, 0), residual=h)
+    branch = row.feed_forward(block, y, h, _norm_of(block, row))
+    return h + _scale(block, row, branch, 1), weights
 
 
 def _scale(block: Any, row: Architecture, branch: Tensor, half: int) -> Tensor:
@@ -76,24 +95,26 @@ def _scale(block: Any, row: Architecture, branch: Tensor, half: int) -> Tensor:
 
 
 def _sandwich(
-    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, arguments: Arguments
 ) -> LayoutOutput:
-    y, h = add_norm(block, "input_layernorm", row, x, shift=shift)
-    branch, weights = block.self_attn(hidden_states=y, **attention)
-    branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
-    y, h = add_norm(block, "pre_feedforward_layernorm", row, branch, residual=h)
-    branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(y))
+    first, second, third, fourth = row.norm_names
+    y, h = add_norm(block, first, row, x, shift=shift)
+    branch, weights = row.mixer(block, y, arguments)
+    branch, _ = add_norm(block, second, row, branch)
+    y, h = add_norm(block, third, row, branch, residual=h)
+    branch, _ = add_norm(block, fourth, row, row.feed_forward(block, y, h, _norm_of(block, row)))
     return h + branch, weights
 
 
 def _post_norm(
-    block: Any, row: Architecture, x: Tensor, shift: Shift | None, attention: dict[str, Any]
+    block: Any, row: Architecture, x: Tensor, shift: Shift | None, arguments: Arguments
 ) -> LayoutOutput:
+    first, second = row.norm_names
     h = x if shift is None else add_shift(x, shift)
-    branch, weights = block.self_attn(hidden_states=h, **attention)
-    branch, _ = add_norm(block, "post_attention_layernorm", row, branch)
+    branch, weights = row.mixer(block, h, arguments)
+    branch, _ = add_norm(block, first, row, branch)
     h = h + branch
-    branch, _ = add_norm(block, "post_feedforward_layernorm", row, block.mlp(h))
+    branch, _ = add_norm(block, second, row, row.feed_forward(block, h, h, _norm_of(block, row)))
     return h + branch, weights
 
 

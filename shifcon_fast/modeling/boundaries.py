@@ -113,11 +113,18 @@ def _run_prefix(
     visit: Callable[[int, Tensor], None],
     **arguments: Any,
 ) -> None:
-    prefix = _prefix(decoder, max(wanted), frozenset(wanted), visit)
+    last, after_blocks = max(wanted), decoder.architecture.after_blocks
+    known = after_blocks is not None
+    # Where it is not known what follows the blocks, what leaves the last one of them is looked at.
+    prefix = _prefix(decoder, last if known else max(last, 1), frozenset(wanted), visit)
+    for name in after_blocks or ():
+        if prefix._modules.get(name) is not None:
+            prefix._modules[name] = nn.Identity()
     output = prefix(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **arguments
     )
-    visit(max(wanted), output.last_hidden_state)
+    if known:
+        visit(last, output.last_hidden_state)
 
 
 def _check_boundaries(boundaries: Sequence[int], count: int) -> list[int]:
@@ -139,23 +146,32 @@ def _mean_shift(table: Tensor, ids: Tensor, pool_mask: Tensor) -> Tensor:
 
 
 class _PooledBlock(nn.Module):
-    """Stands before a block and looks at its input.
+    """Stands around a block and looks at its input, or at its output.
 
-    Outside of the block's gradient checkpointing, which wraps the block's forward: the input is seen once, not
-    again when the block is recomputed.
+    Outside of the block's gradient checkpointing, which wraps the block's forward: they are seen once, not again
+    when the block is recomputed.
     """
 
-    def __init__(self, block: nn.Module, look: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        look: Callable[[Tensor], None] | None,
+        look_after: Callable[[Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self.block = block
         self.look = look
+        self.look_after = look_after
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _loses_gradients(self.block, hidden_states):
             hidden_states = hidden_states.detach().requires_grad_()
         if self.look is not None:
             self.look(hidden_states)
-        return self.block(hidden_states, *args, **kwargs)
+        output = self.block(hidden_states, *args, **kwargs)
+        if self.look_after is not None:
+            self.look_after(output[0] if isinstance(output, tuple) else output)
+        return output
 
     def __getattr__(self, name: str) -> Any:
         # Some decoders read facts off their blocks, such as the kind of attention.
@@ -177,15 +193,16 @@ def _loses_gradients(block: nn.Module, hidden_states: Tensor) -> bool:
 def _prefix(
     decoder: Decoder, length: int, wanted: frozenset[int], visit: Callable[[int, Tensor], None]
 ) -> nn.Module:
-    """A view of the decoder that has only its first blocks and no final norm; it shares every weight with it."""
+    """A view of the decoder that has only its first blocks; it shares every weight with it."""
     prefix = copy.copy(decoder.module)
     prefix.__dict__["_modules"] = dict(decoder.module._modules)
     blocks = [
         _PooledBlock(block, functools.partial(visit, index) if index in wanted else None)
         for index, block in enumerate(list(decoder.blocks)[:length])
     ]
+    if decoder.architecture.after_blocks is None and length in wanted:
+        blocks[-1].look_after = functools.partial(visit, length)
     prefix._modules[decoder.architecture.blocks] = nn.ModuleList(blocks)
-    prefix._modules[decoder.architecture.final_norm] = nn.Identity()
     # accelerate's device hooks live in the instance and are bound to the whole decoder; bind them to the view.
     for key in prefix.__dict__.keys() & {"forward", "_old_forward"}:
         kept = prefix.__dict__[key]

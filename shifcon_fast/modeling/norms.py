@@ -67,7 +67,7 @@ def add_norm(
         if not torch.compiler.is_compiling():
             counts.engaged[site] += 1
         table, index = (None, None) if shift is None else (shift.table, shift.index)
-        eps = module.eps if architecture.style == "gemma" else module.variance_epsilon
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         return ops.add_shift_rms_norm(
             x, module.weight, residual, table, index, eps=eps, style=architecture.style
         )

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from shifcon_fast.modeling.architectures import ARCHITECTURES
+from shifcon_fast.modeling.architectures import Architecture, architecture_of_class, shift_alone
 from shifcon_fast.modeling.blocks import SHIFT_TABLE, block_forward
 from shifcon_fast.modeling.language_ids import ATTACHMENT
 
@@ -97,10 +97,13 @@ def _bind_kept_forward(module: Any, key: str) -> None:
         functools.update_wrapper(hook, bound)
 
 
-@functools.cache
 def block_class(original: Any) -> Modules:
     """The subclass of a decoder block class that shifts and norms through the operators."""
-    row = next(ARCHITECTURES[cls.__name__] for cls in original.__mro__ if cls.__name__ in ARCHITECTURES)
+    return _block_class(original, architecture_of_class(original) or shift_alone("", original.__name__))
+
+
+@functools.cache
+def _block_class(original: Any, row: Architecture) -> Modules:
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         table = self._buffers.get(SHIFT_TABLE)

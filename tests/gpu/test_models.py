@@ -121,7 +121,7 @@ def test_gradients_equal_those_of_the_shift_by_hooks_on_the_cpu(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ops.reset_call_counts()
     (model(**batch, language_ids=batch_ids, use_cache=False).logits * probe.to(device)).sum().backward()
-    sites = 4 * len(locate_decoder(model).architecture.norm_sites)
+    sites = 4 * len(locate_decoder(model).architecture.norm_names)
     assert only_fast(ops.call_counts())
     counts = calls_of_operators()
     assert counts["add_shift_rms_norm"] >= sites * (2 if checkpointing else 1) - 1

@@ -11,10 +11,66 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.space.language_space import LanguageSpace
 
 LANGUAGES = ("en", "sw", "de")
+
+# The most used, and one of each way in which a block is put together: what every run tests. The others differ from
+# these by names, which the quick tests of all rows see.
+REPRESENTATIVES = frozenset(
+    {
+        "bloom",
+        "falcon",
+        "gemma2",
+        "gemma3_text",
+        "gemma4_text",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "lfm2",
+    }
+    | {
+        "granitemoehybrid",
+        "llama",
+        "llama4_text",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_5_text",
+    }
+)
+_more_of_a_kind = pytest.mark.slow(
+    "models whose blocks are put together like those of a model that is tested"
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.every_architecture`` runs a test for every row of the table.
+
+    Arguments of the marker: ``heavy``, all but representatives are slow; ``slow``, all are, for this reason;
+    ``only``, the rows that a function of them picks; ``column``, what docs/architectures.md then says of the rows
+    (scripts/architecture_table.py).
+    """
+    marker = metafunc.definition.get_closest_marker("every_architecture")
+    if marker is None:
+        return
+    heavy, only = marker.kwargs.get("heavy", False), marker.kwargs.get("only", lambda row: True)
+    all_slow = [pytest.mark.slow(marker.kwargs["slow"])] if "slow" in marker.kwargs else []
+    metafunc.parametrize(
+        "architecture",
+        [
+            pytest.param(
+                row.model_type,
+                marks=[_more_of_a_kind] if heavy and row.model_type not in REPRESENTATIVES else all_slow,
+            )
+            for row in ARCHITECTURES.values()
+            if only(row)
+        ],
+    )
 
 
 def build_space(model: nn.Module, *, seed: int = 0, languages: tuple[str, ...] = LANGUAGES) -> LanguageSpace:

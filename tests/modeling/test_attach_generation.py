@@ -10,17 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from shifcon_fast.modeling.architectures import ARCHITECTURES
 from shifcon_fast.modeling.attach import attach
 
-every_architecture = pytest.mark.parametrize(
-    "architecture", [row.model_type for row in ARCHITECTURES.values()]
-)
 # An end token that is never produced: every row gets all its new tokens.
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 1_000, "pad_token_id": 0}
 
 
-@every_architecture
+@pytest.mark.every_architecture(heavy=True)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_the_oracle_with_and_without_cache(
     architecture, beams, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
@@ -78,7 +74,7 @@ def test_generation_through_a_peft_model(architecture, tiny_model, random_space,
     assert torch.equal(peft_model.generate(**batch, language_ids=batch_ids, **GREEDY), expected)
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_forward_names_language_ids_and_keeps_its_other_parameters(architecture, tiny_model, random_space):
     model = tiny_model(architecture)
     before = inspect.signature(model.forward)

@@ -20,16 +20,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shifcon_fast.modeling import attach as attach_module
-from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
+from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.language_ids import Attachment
-
-every_architecture = pytest.mark.parametrize(
-    "architecture", [row.model_type for row in ARCHITECTURES.values()]
-)
 
 
 def _snapshot(model: nn.Module) -> list[tuple[object, ...]]:
@@ -47,7 +43,7 @@ def _snapshot(model: nn.Module) -> list[tuple[object, ...]]:
     ]
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_detach_leaves_no_trace(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
     model(**batch)  # transformers caches on first use
@@ -255,7 +251,7 @@ def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_spa
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, shifted)
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_a_call_without_ids_is_warned_of_once(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
     attach(model, random_space(model), forward=1, backward=3)
@@ -425,7 +421,7 @@ def test_the_pivot_counts_as_left_alone():
     assert ids.tolist() == [0, 2, -1, 1], "the caller's ids are not changed"
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_bad_language_ids_are_refused(architecture, tiny_model, random_space, batch):
     model = tiny_model(architecture)
     attach(model, random_space(model), forward=1, backward=3)

@@ -12,15 +12,11 @@ from torch import nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling import norms
-from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
+from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 
-ROWS = list(ARCHITECTURES.values())
-every_architecture = pytest.mark.parametrize("architecture", [row.model_type for row in ROWS])
-with_norms = pytest.mark.parametrize("architecture", [row.model_type for row in ROWS if row.norm_sites])
 
-
-@every_architecture
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("reference_backend")
 def test_unshifted_logits_are_those_of_the_model_bit_for_bit(
@@ -38,14 +34,25 @@ def test_unshifted_logits_are_those_of_the_model_bit_for_bit(
         assert torch.equal(logits, expected)
 
 
-@every_architecture
+def _exact_logits(model, tokens):
+    """In float64, for which grouped matrix products do not exist, and which XGLM mixes with the default dtype."""
+    model = copy.deepcopy(model).double()
+    model.config._experts_implementation = "eager"
+    torch.set_default_dtype(torch.float64)
+    try:
+        return model(tokens).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unshifted_logits_are_as_accurate_as_the_models(architecture, dtype, tiny_model, random_space, batch):
     """A fast backend sums in its own order."""
     model = tiny_model(architecture, dtype=dtype)
     tokens = batch["input_ids"]  # without padding, whose rows are NaN in float64 for some architectures
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(tokens).logits
+        exact = _exact_logits(model, tokens)
         theirs = (model(tokens).logits.double() - exact).norm()
         with attach(model, random_space(model), forward=1, backward=3):
             unshifted = model(tokens).logits
@@ -54,7 +61,7 @@ def test_unshifted_logits_are_as_accurate_as_the_models(architecture, dtype, tin
     assert (unshifted.double() - exact).norm() <= 2 * theirs
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_shifted_logits_equal_the_oracle(
     architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
 ):
@@ -69,7 +76,11 @@ def test_shifted_logits_equal_the_oracle(
         attached = model(**batch).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert (logits - unshifted).abs().amax(dim=(1, 2))[[0, 2]].min() > 0.1
-    assert torch.equal(logits[[1, 3]], attached[[1, 3]])
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        # One product does all tokens of an expert; how it rounds depends on how many the other rows send there.
+        torch.testing.assert_close(logits[[1, 3]], attached[[1, 3]], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(logits[[1, 3]], attached[[1, 3]])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2", "bloom"])
@@ -105,7 +116,7 @@ def test_official_recipe_adds_at_the_block_before(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_gradients_equal_the_oracle(
     architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
 ):
@@ -123,7 +134,7 @@ def test_gradients_equal_the_oracle(
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4 * float(scale))
 
 
-@with_norms
+@pytest.mark.every_architecture(only=lambda row: row.norm)
 def test_every_norm_site_of_every_block_runs_in_the_operator(
     architecture, tiny_model, random_space, batch, batch_ids, monkeypatch
 ):
@@ -138,8 +149,9 @@ def test_every_norm_site_of_every_block_runs_in_the_operator(
         return real(x, weight, residual, shift, index, **kwargs)
 
     monkeypatch.setattr(norms.ops, "add_shift_rms_norm", spy)
-    sites = decoder.architecture.norm_sites
-    norm_class = type(getattr(decoder.blocks[0], sites[0]))
+    row = decoder.architecture
+    sites = [row.norm_sites(block) for block in decoder.blocks]
+    norm_class = type(getattr(decoder.blocks[0], sites[0][0]))
     module_forward = norm_class.forward
 
     def noticed(self, x):
@@ -151,16 +163,20 @@ def test_every_norm_site_of_every_block_runs_in_the_operator(
     with torch.no_grad():
         model(**batch, language_ids=batch_ids)
 
-    expected = [getattr(block, site).weight for block in decoder.blocks for site in sites]
+    expected = [
+        getattr(b, site).weight for b, names in zip(decoder.blocks, sites, strict=True) for site in names
+    ]
     assert len(calls) == len(expected)
     assert all(weight is other for (weight, _), other in zip(calls, expected, strict=True))
-    in_blocks = {id(getattr(block, site)) for block in decoder.blocks for site in sites}
+    in_blocks = {
+        id(getattr(b, site)) for b, names in zip(decoder.blocks, sites, strict=True) for site in names
+    }
     assert modules_called, "the final norm is a module of the same class"
     assert not in_blocks & {id(module) for module in modules_called}
-    assert handle.engagements == {k: dict.fromkeys(sites, 1) for k in range(4)}
+    assert handle.engagements == {k: dict.fromkeys(names, 1) for k, names in enumerate(sites)}
     assert handle.bypassed == {}
-    if "input_layernorm" in sites:  # the shift rides along with the norm at the block's entry
-        per_block = len(sites)
+    if row.layout != "post_norm":  # the shift rides along with the norm at the block's entry
+        per_block = len(sites[0])
         assert [k for k, (_, shifted) in enumerate(calls) if shifted] == [per_block, 2 * per_block]
 
 

@@ -10,13 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
+from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.boundaries import boundary_representations
-
-every_architecture = pytest.mark.parametrize(
-    "architecture", [row.model_type for row in ARCHITECTURES.values()]
-)
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def _blocks_run(model):
     return runs
 
 
-@every_architecture
+@pytest.mark.every_architecture
 @pytest.mark.parametrize("attached", [False, True])
 def test_boundary_k_is_hidden_states_k(architecture, attached, tiny_model, random_space, batch, pool_mask):
     model = tiny_model(architecture)
@@ -58,7 +54,7 @@ def test_boundary_k_is_hidden_states_k(architecture, attached, tiny_model, rando
     assert torch.equal(found[:, 3], torch.zeros(4, 32))
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_shifted_boundaries_count_as_after_their_shift(
     architecture, tiny_model, random_space, batch, batch_ids, pool_mask, shifted_by_hooks
 ):
@@ -81,12 +77,12 @@ def test_shifted_boundaries_count_as_after_their_shift(
     assert (found[1:, 0] - unshifted[1:, 0]).norm(dim=1).min() > 0.1
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_nothing_runs_above_the_last_boundary(architecture, tiny_model, batch, pool_mask):
     model = tiny_model(architecture)
     decoder = locate_decoder(model)
-    final_norm = getattr(decoder.module, decoder.architecture.final_norm)
-    for unused in (final_norm, model.get_output_embeddings()):
+    after_blocks = [getattr(decoder.module, name) for name in decoder.architecture.after_blocks]
+    for unused in (*after_blocks, model.get_output_embeddings()):
         unused.register_forward_pre_hook(lambda m, args: pytest.fail(f"{type(m).__name__} ran"))
     runs = _blocks_run(model)
     boundary_representations(model, **batch, pool_mask=pool_mask, boundaries=[2, 1])
@@ -95,7 +91,7 @@ def test_nothing_runs_above_the_last_boundary(architecture, tiny_model, batch, p
     boundary_representations(model, **batch, pool_mask=pool_mask, boundaries=[0])
     assert runs == []
     assert len(decoder.blocks) == 4
-    assert getattr(decoder.module, decoder.architecture.final_norm) is final_norm
+    assert [getattr(decoder.module, name) for name in decoder.architecture.after_blocks] == after_blocks
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "olmo2", "gpt_neox", "bloom"])

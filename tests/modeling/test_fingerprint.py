@@ -10,12 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from shifcon_fast.modeling.architectures import ARCHITECTURES
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 
 
-@pytest.mark.parametrize("architecture", [row.model_type for row in ARCHITECTURES.values()])
+@pytest.mark.every_architecture
 def test_a_fingerprint_survives_json_and_tells_weights_apart(architecture, tiny_model):
     found = model_fingerprint(tiny_model(architecture))
     assert fingerprint_differences(json.loads(json.dumps(found)), found) == []
