@@ -62,10 +62,10 @@ def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | No
     table = block._buffers.get(SHIFT_TABLE)
     if table is None or language_ids is None:
         return None
-    if hidden_states.dim() != 3 or hidden_states.shape[0] != language_ids.shape[0]:
+    if hidden_states.dim() != 3 or hidden_states.shape[: language_ids.dim()] != language_ids.shape:
         raise ValueError(
-            f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, wanted "
-            f"({language_ids.shape[0]}, tokens, hidden size): its residual stream cannot be shifted row by row."
+            f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, which "
+            f"language_ids of shape {tuple(language_ids.shape)} do not fit: wanted (batch, tokens, hidden size)."
         )
     return Shift(table.to(hidden_states.device), language_ids.to(hidden_states.device))
 

@@ -261,7 +261,7 @@ def test_hidden_states_and_attentions_are_still_returned(
         assert torch.equal(out.hidden_states[2], entering[0])
 
 
-@every_architecture
+@pytest.mark.every_architecture
 def test_ids_per_token_of_one_language_a_row_are_ids_per_row(
     architecture, tiny_model, random_space, batch, batch_ids
 ):
