@@ -19,6 +19,7 @@ from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.data.questions import read_questions
+from shifcon_fast.evaluation.comparison import FILE_NAME as COMPARISON
 from shifcon_fast.evaluation.comparison import compare
 from shifcon_fast.evaluation.evaluate import evaluate as measure
 from shifcon_fast.evaluation.exact_match import check_installed
@@ -45,7 +46,7 @@ from shifcon_fast.training.setup import choose_area
 from shifcon_fast.training.trainer import ShifConTrainer
 
 AREA_FILE, DISTANCE_PLOT = "area.json", "distance.svg"
-COMPARISON, AGAINST = "comparison.json", "against"
+AGAINST = "against"
 _BESIDE_EVALUATION = (COMPARISON, f"{AGAINST}/{FILE_NAME}")
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _sweep_beside(space: LanguageSpace, folder: Path) -> list[str]:
         found = AreaSweep.load(folder)
     except ValueError as error:
         return [f"{error}: {advice}"]
-    if found.identity.get("vectors_sha256") != space.vectors_sha256:
+    if not found.is_of(space.vectors_sha256):
         return [f"{folder / SWEEP_FILE} is of an earlier language space: {advice}"]
     space.sweep = found
     return []
@@ -353,7 +354,7 @@ def evaluate(
         with replacing(output, FILE_NAME, _BESIDE_EVALUATION) as staging:
             result.save(staging)
             other.save(staging / AGAINST)
-            write_json(staging / COMPARISON, comparison.to_json())
+            comparison.save(staging)
         lines += ["", comparison_table(comparison), *_asked_otherwise(result, other)]
     return "\n".join([*lines, "", f"written to {output}; `shifcon report {output}` makes a page of it"])
 

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, with_config
@@ -20,14 +19,14 @@ from shifcon_fast.evaluation.bootstrap import Interval, paired_interval, ratio_i
 from shifcon_fast.evaluation.choice_scores import choice_differences
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.result import EvaluationResult
-from shifcon_fast.storage import read_json, write_json
+from shifcon_fast.json_record import JsonRecord
 
-FORMAT_VERSION = 1
+FILE_NAME = "comparison.json"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PairedComparison:
+class PairedComparison(JsonRecord):
     """One model minus another on the same items, language by language.
 
     Attributes:
@@ -39,30 +38,16 @@ class PairedComparison:
             log-likelihood, and of the greatest per character.
     """
 
+    KIND = "comparison"
+    FILE_NAME = FILE_NAME
+    WANTED = "the comparison that `shifcon evaluate --against` writes"
+
     model: str
     against: str
     accuracy: dict[str, Interval]
     log_perplexity: dict[str, Interval]
     choice_accuracy: dict[str, Interval] = field(default_factory=dict)
     choice_accuracy_norm: dict[str, Interval] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {"format_version": FORMAT_VERSION, "kind": "comparison", **asdict(self)}
-
-    @classmethod
-    def load(cls, path: str | Path) -> PairedComparison:
-        """Read a file that holds :meth:`to_json`.
-
-        Raises:
-            ValueError: no such file, or not a comparison.
-        """
-        return read_json(
-            path,
-            "the comparison that `shifcon evaluate --against` writes",
-            cls,
-            wanted={"kind": "comparison", "format_version": FORMAT_VERSION},
-        )
 
 
 def compare(
@@ -157,7 +142,7 @@ class ItemOutcome:
 
 
 @dataclass(frozen=True)
-class SystemComparison:
+class SystemComparison(JsonRecord):
     """Outcomes of several systems.
 
     Attributes:
@@ -166,6 +151,9 @@ class SystemComparison:
         before: the untrained system, if it is there; shown, but not measured against the baseline.
         logs: system → seed → training log (see :func:`shifcon_fast.evaluation.plots.loss_plot`).
     """
+
+    KIND = "system comparison"
+    WANTED = "a comparison of systems"
 
     pivot: str
     baseline: str
@@ -238,28 +226,6 @@ class SystemComparison:
         """``system − against``, paired by seed and question."""
         return paired_seeds_interval(
             self._scores(system, languages, group), self._scores(against, languages, group)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {"format_version": FORMAT_VERSION, "kind": "system comparison", **asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write a JSON file, atomically."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> SystemComparison:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: no such file, or not such a comparison.
-        """
-        return read_json(
-            path,
-            "a comparison of systems",
-            cls,
-            wanted={"kind": "system comparison", "format_version": FORMAT_VERSION},
         )
 
     def _scores(

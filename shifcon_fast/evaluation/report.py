@@ -11,6 +11,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from shifcon_fast.evaluation.choice_section import choice_section
+from shifcon_fast.evaluation.comparison import FILE_NAME as COMPARISON
 from shifcon_fast.evaluation.comparison import LoggedStep, PairedComparison
 from shifcon_fast.evaluation.findings import result_findings
 from shifcon_fast.evaluation.page import Section, Text, render_page
@@ -31,7 +32,6 @@ from shifcon_fast.space.sweep_result import AreaSweep
 from shifcon_fast.storage import read_json, write_file
 
 _SPACE, _AREA, _CARD, _LOG = "language_space.json", "area.json", "shifcon.json", "training_log.json"
-_COMPARISON = "comparison.json"
 
 
 def write_report(
@@ -134,7 +134,7 @@ def _read(folder: Path) -> _Held:
     result = EvaluationResult.load(folder) if (folder / FILE_NAME).is_file() else None
     other_file = folder / "against" / FILE_NAME
     other = EvaluationResult.load(other_file) if other_file.is_file() else None
-    against = PairedComparison.load(folder / _COMPARISON) if (folder / _COMPARISON).is_file() else None
+    against = PairedComparison.load(folder) if (folder / COMPARISON).is_file() else None
     sweep = AreaSweep.load(folder) if (folder / SWEEP).is_file() else None
     if space is None and not log and result is None and sweep is None:
         raise ValueError(

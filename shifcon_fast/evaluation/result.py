@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
@@ -19,10 +18,9 @@ from shifcon_fast.evaluation.exact_match import Outcome
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.retrieval import Retrieval
-from shifcon_fast.storage import read_json, write_json
+from shifcon_fast.json_record import JsonRecord
 
 FILE_NAME = "evaluation.json"
-FORMAT_VERSION = 1
 Mode = Literal["unshifted", "shifted"]
 
 
@@ -36,7 +34,7 @@ class AttachedArea(TypedDict):
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
+class EvaluationResult(JsonRecord):
     """Everything that :func:`shifcon_fast.evaluation.evaluate.evaluate` measured.
 
     Attributes:
@@ -46,6 +44,10 @@ class EvaluationResult:
         Empty without such questions. multiple_choice: by mode, one for every question with choices.
         settings: what the numbers depend on besides model and data.
     """
+
+    KIND = "evaluation"
+    FILE_NAME = FILE_NAME
+    WANTED = f"the {FILE_NAME} that `shifcon evaluate` writes"
 
     model: str
     pivot: str
@@ -96,36 +98,6 @@ class EvaluationResult:
             for code, items in self.by_language().items()
         }
         return {code: wilson_interval(values) if values else None for code, values in decided.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the measurements, and a ``summary`` for human readers that is not read back."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "kind": "evaluation",
-            **asdict(self),
-            "summary": self._summary(),
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``evaluation.json`` into the folder, atomically; its path."""
-        path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.to_json())
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> EvaluationResult:
-        """Read a folder's ``evaluation.json``, or the file itself.
-
-        Raises:
-            ValueError: no such file, or not an evaluation.
-        """
-        return read_json(
-            Path(path) / FILE_NAME if Path(path).is_dir() else path,
-            f"the {FILE_NAME} that `shifcon evaluate` writes",
-            cls,
-            wanted={"kind": "evaluation", "format_version": FORMAT_VERSION},
-        )
 
     def by_language(self) -> dict[str, list[Outcome]]:
         """Language → its outcomes, in the order of the questions."""

@@ -152,7 +152,7 @@ def dose_warning(space: LanguageSpace, forward: int, backward: int, alpha: float
 
 
 def _check_belongs(sweep: AreaSweep, space: LanguageSpace) -> None:
-    if sweep.identity.get("vectors_sha256") != space.vectors_sha256:
+    if not sweep.is_of(space.vectors_sha256):
         raise ValueError(
             f"sweep: it was made with other language vectors than this space's; sweep again (`shifcon sweep "
             f"--overwrite`), or delete its {FILE_NAME}"

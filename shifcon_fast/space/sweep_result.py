@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import TypedDict
 
-from shifcon_fast.storage import read_json, write_json
+from shifcon_fast.json_record import JsonRecord
 
 FILE_NAME = "sweep.json"
-FORMAT_VERSION = 1
-_KIND = "area sweep"
 
 Candidate = tuple[int, int, float]
 """(forward, backward, alpha): an area and the length of the shift there."""
@@ -85,7 +82,7 @@ class Change:
 
 
 @dataclass(eq=False)
-class AreaSweep:
+class AreaSweep(JsonRecord):
     """A sweep over layer areas, finished or not.
 
     The pivot is not in it: the shift leaves its rows alone bit for bit. Its answers are there for comparison.
@@ -106,6 +103,10 @@ class AreaSweep:
         shifted_retrieval: the same with the shift, for each ``forward`` and ``alpha``.
         seconds: how long the measuring took, over all sessions.
     """
+
+    KIND = "area sweep"
+    FILE_NAME = FILE_NAME
+    WANTED = f"the {FILE_NAME} that `shifcon sweep` writes"
 
     pivot: str
     languages: list[str]
@@ -203,35 +204,9 @@ class AreaSweep:
         variance = math.fsum((change - mean) ** 2 for change in changes) / (count - 1)
         return Change(mean, math.sqrt(variance / count))
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.json`` into the folder, atomically; its path."""
-        path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.to_json())
-        return path
-
-    @classmethod
-    def load(cls, folder: str | Path) -> AreaSweep:
-        """Read a folder's ``sweep.json``, or the file itself.
-
-        Raises:
-            ValueError: no such file, or not a sweep that this release reads; the message names the file.
-        """
-        return read_json(
-            Path(folder) / FILE_NAME if Path(folder).is_dir() else folder,
-            f"the {FILE_NAME} that `shifcon sweep` writes",
-            cls,
-            wanted={"kind": _KIND, "format_version": FORMAT_VERSION},
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the measurements, and a ``summary`` for readers that is not read back."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "kind": _KIND,
-            **asdict(self),
-            "summary": [self._summary(area) for area in self.areas],
-        }
+    def is_of(self, vectors_sha256: str) -> bool:
+        """Whether it was made with these language vectors."""
+        return bool(self.identity.get("vectors_sha256") == vectors_sha256)
 
     def _check(self, area: SweptArea) -> None:
         """Raise ValueError unless everything that is asked of an area can be computed."""
@@ -261,7 +236,10 @@ class AreaSweep:
                         f"areas: {where} lacks retrieval at boundaries {first} … {last - 1} in {code!r}"
                     )
 
-    def _summary(self, area: SweptArea) -> dict[str, Any]:
+    def _summary(self) -> list[dict[str, Any]]:
+        return [self._summary_of(area) for area in self.areas]
+
+    def _summary_of(self, area: SweptArea) -> dict[str, Any]:
         language, ratio = self.worst(area)
         accuracy = self.accuracy_change(area)
         return {
