@@ -13,6 +13,7 @@ EXTRAS = {
     "cli": ("typer", "tensorboard"),
     "eval": ("matplotlib", "py3langid", "babel"),
     "data": ("datasets", "pyarrow"),
+    "gguf": ("gguf", "llama_cpp_py_sync"),
 }
 """Extra → the modules of the packages that it installs (``pyproject.toml`` has the same)."""
 

@@ -26,6 +26,7 @@ from shifcon_fast.evaluation.exact_match import check_installed
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sweep import sweep_area
 from shifcon_fast.evaluation.sweep_table import sweep_table
+from shifcon_fast.export.targets import export_languages
 from shifcon_fast.extras import MissingExtraError
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
@@ -423,6 +424,36 @@ def generate(
                 **settings,
             )
         yield tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def export(
+    run: str,
+    target: str,
+    output: Path,
+    *,
+    languages: Sequence[str] | None = None,
+    without_shift: bool = False,
+    gguf_model: Path | None = None,
+    quantization: str | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Write a run's languages for a place that does not run this package, each checked by loading it."""
+    if not is_run(run):
+        raise ValueError(f"run: {run} is no run; wanted the folder that `shifcon train` wrote")
+    loaded, tokenizer = open_model(
+        run, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+    )
+    written = export_languages(
+        loaded,
+        target,
+        output,
+        tokenizer=tokenizer,
+        languages=languages,
+        without_shift=without_shift,
+        gguf_model=gguf_model,
+    )
+    return "\n".join(f"{path}: {found or 'not checked'}" for path, found in written.items())
 
 
 def report(folder: Path, output: Path | None = None) -> str:

@@ -73,6 +73,35 @@ def check_engagement(
     return Engagement(effect, error)
 
 
+def check_displacement(
+    model: Any, language: str, tokens: Tensor, *, plain: Tensor, shifted: Tensor, what: str
+) -> Engagement:
+    """For an export that leaves the weights to somebody else, quantised otherwise perhaps: compare the movement.
+
+    Args:
+        model: attached.
+        language: which the export is for.
+        tokens: (B, T) ids.
+        plain, shifted: (B, T, vocabulary) logits of the other program without and with what was written.
+        what: the export, for the error.
+
+    Raises:
+        ValueError: with the export the logits do not move as the shift moves them, to within half of it.
+    """
+    there = shifted - plain
+    columns = min(there.shape[-1], model.get_output_embeddings().weight.shape[0])
+    here = attached_logits(model, tokens, language) - attached_logits(model, tokens, None)
+    there, here = there[..., :columns], here[..., :columns]
+    effect, error = float(here.abs().max()), float((there - here).abs().max())
+    if not float((there - here).norm()) < float(here.norm()) / 2:
+        moved = float(there.abs().max())
+        raise ValueError(
+            f"{what}: it does not engage where it is loaded: it moves the logits by up to {moved:.3g}, and not "
+            f"where the shift does, by up to {effect:.3g}. Nothing was kept; is the model there this run's?"
+        )
+    return Engagement(effect, error)
+
+
 @torch.no_grad()
 def attached_logits(model: Any, tokens: Tensor, language: str | None) -> Tensor:
     """(B, T, vocabulary) float32 on the CPU; unshifted for None, which a model that is not attached takes too."""

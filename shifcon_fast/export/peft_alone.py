@@ -34,13 +34,14 @@ _MERGED_WORKS = "--to merged takes it"
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def export_peft(model: Any, language: str, folder: str | Path) -> Engagement:
+def export_peft(model: Any, language: str, folder: str | Path, *, tokenizer: Any = None) -> Engagement:
     """Write an adapter that holds the trained LoRA weights and one language's shift.
 
     Args:
         model: an attached ``PeftModel`` with one active LoRA adapter; left as it is.
         language: the one whose rows the adapter is for; in PEFT's mixed batches, give those rows its name.
         folder: made if need be; ``PeftModel.from_pretrained(base, folder)`` loads it, quantised base or not.
+        tokenizer: saved beside it.
 
     Returns:
         How far it moves the logits, and how far it is from the attached model: checked by loading it.
@@ -78,6 +79,8 @@ def export_peft(model: Any, language: str, folder: str | Path) -> Engagement:
         }
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / WEIGHTS, metadata)
         config.save_pretrained(str(staging))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
 
         def exported(tokens: Tensor) -> Tensor:
             copied.load_adapter(str(staging), adapter_name="exported", is_trainable=False)

@@ -62,17 +62,7 @@ def shift_vectors(model: Any, language: str) -> ShiftVectors:
     Raises:
         ValueError: a model that is not attached or does not shift; an unknown language; the pivot.
     """
-    handle = getattr(model, "shifcon", None)
-    if handle is None:
-        raise ValueError(
-            "model: it has no shift to export; wanted an attached one, as shifcon_fast.load returns it for a run "
-            "with a language space"
-        )
-    if not handle.alpha:
-        raise ValueError(
-            "model: the run was trained without the shift (shift: false), so there is none to export; its adapter "
-            "is an ordinary PEFT adapter, and --to merged --without-shift merges it"
-        )
+    handle = _shifting_handle(model)
     space = handle.space
     number = space.language_id(language)
     code = space.languages[number]
@@ -91,6 +81,31 @@ def shift_vectors(model: Any, language: str) -> ShiftVectors:
         hidden_size=decoder.hidden_size,
         model_type=decoder.module.config.model_type,  # type: ignore[union-attr,arg-type]
     )
+
+
+def shifted_languages(model: Any) -> list[str]:
+    """The codes of an attached model but for the pivot's.
+
+    Raises:
+        ValueError: a model that is not attached or does not shift.
+    """
+    space = _shifting_handle(model).space
+    return [code for code in space.languages if code != space.pivot]
+
+
+def _shifting_handle(model: Any) -> Any:
+    handle = getattr(model, "shifcon", None)
+    if handle is None:
+        raise ValueError(
+            "model: it has no shift to export; wanted an attached one, as shifcon_fast.load returns it for a run "
+            "with a language space"
+        )
+    if not handle.alpha:
+        raise ValueError(
+            "model: the run was trained without the shift (shift: false), so there is none to export; its adapter "
+            "is an ordinary PEFT adapter, and --to merged --without-shift merges it"
+        )
+    return handle
 
 
 def file_stem(language: str) -> str:
