@@ -66,8 +66,8 @@ def export_control_vector(
 
     Raises:
         ValueError: nothing to shift; a shift at boundary 0 or 1; a GGUF of another depth, size or architecture; a
-            vector that does not engage. ImportError: the extra gguf is not installed, or no library of llama.cpp
-            that loads here.
+            vector that does not engage. MissingExtraError: the extra gguf is not installed, or no library of
+            llama.cpp that loads here.
     """
     vectors = shift_vectors(model, language)
     vectors.refuse_below(
