@@ -335,28 +335,28 @@ def export(
     to: Annotated[
         str, typer.Option("--to", help="peft (adapter), merged (checkpoint), gguf (control vector) or vllm.")
     ],
-    output: Output,
+    output: options.Output,
     language: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--language", help="Codes, such as sw or sw,bn. Default: all that the run shifts."),
     ] = None,
     without_shift: Annotated[
         bool, typer.Option("--without-shift", help="merged: the adapter alone, for gguf and vllm.")
     ] = False,
     gguf_model: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--gguf-model", help="gguf: the model to check the control vector on, in llama.cpp."),
     ] = None,
-    quantization: QuantizationOfModel = None,
-    base: Base = None,
-    trust_remote_code: RemoteCode = False,
+    quantization: options.QuantizationOfModel = None,
+    base: options.Base = None,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Write a run for places that do not run this package: PEFT, transformers, llama.cpp, vLLM.
 
         shifcon export run/ --to peft --language sw --output adapters/
 
-    Each language is a folder or file named after its code. What is written is loaded again and must move the logits
-    as the shift does.
+    Each language is a folder or a file named after its code. What is written is loaded again and must move the
+    logits as the shift does.
     """
     from shifcon_fast import workflow
 
@@ -365,7 +365,7 @@ def export(
             run,
             to,
             output,
-            languages=_split(language),
+            languages=options.split_codes(language),
             without_shift=without_shift,
             gguf_model=gguf_model,
             quantization=quantization,

@@ -1,4 +1,4 @@
-"""Exported folders in a process that cannot import this package."""
+"""``shifcon export`` on a run, and what it wrote in a process that cannot import this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from shifcon_fast.export.peft_alone import export_peft
+from shifcon_fast.cli import app
+from shifcon_fast.training.run_folder import RunState, save_run
 
 STOCK = Path(__file__).with_name("stock.py")
+ZH = "zh%2FHans%3Ax"
+
+
+def export(*arguments: object) -> tuple[int, str]:
+    """Exit code and everything printed, on one line."""
+    result = CliRunner().invoke(app, ["export", *(str(argument) for argument in arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
@@ -26,46 +37,130 @@ def model(attached: Callable[..., Any], tiny_checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def answers(
-    model: Any, tiny_checkpoint: Path, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """What the stock process computes from everything that is exported here."""
-    folder = tmp_path_factory.mktemp("stock")
-    export_peft(model, "sw", folder / "sw")
-    export_peft(model, "zh/Hans:x", folder / "zh")
-    model.save_pretrained(folder / "trained")
+def run(model: Any, word_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save_run(folder, model, RunState(handle=model.shifcon, tokenizer=word_tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that stock programs load."""
+    folder = tmp_path_factory.mktemp("exported")
+    code, text = export(run, "--to", "peft", "--output", folder / "adapters")
+    assert code == 0, text
+    assert f"{folder}/adapters/{ZH}: the shift moves logits by up to" in text
+    code, text = export(run, "--to", "merged", "--language", "sw", "--output", folder / "merged")
+    assert code == 0, text
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(exported: Path, run: Path, tiny_checkpoint: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """What the stock process computes."""
     base = str(tiny_checkpoint)
-    adapters = {name: str(folder / name) for name in ("sw", "zh", "trained")}
+    adapters = {
+        "sw": str(exported / "adapters" / "sw"),
+        "zh": str(exported / "adapters" / ZH),
+        "run": str(run),
+    }
     question = {
         "tokens": tokens.tolist(),
         "models": {
             "peft": {"base": base, "adapters": {"sw": adapters["sw"]}},
             "first rows": {"base": base, "adapters": adapters, "rows": ["sw", "zh", "__base__"]},
-            "other rows": {"base": base, "adapters": adapters, "rows": ["trained", "__base__", "sw"]},
+            "other rows": {"base": base, "adapters": adapters, "rows": ["run", "__base__", "sw"]},
             "base": {"base": base},
+            "merged": {"base": str(exported / "merged" / "sw")},
         },
     }
-    (folder / "question.json").write_text(json.dumps(question))
-    command = [sys.executable, "-P", STOCK, folder / "question.json", folder / "answers.safetensors"]
+    asked, answered = exported / "question.json", exported / "answers.safetensors"
+    asked.write_text(json.dumps(question))
+    command = [sys.executable, "-P", str(STOCK), str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return load_file(folder / "answers.safetensors")
+    return load_file(answered)
 
 
-def test_an_adapter_is_loaded_without_our_code(
-    model: Any, answers: dict[str, Tensor], oracle: Callable[..., Any], tokens: Tensor
+@pytest.mark.parametrize("answer", ["peft", "merged"])
+def test_an_export_is_loaded_without_our_code(
+    *, answer: str, model: Any, answers: dict[str, Tensor], oracle: Callable[..., Any], tokens: Tensor
 ) -> None:
-    oracle(model, "sw", tokens).check(answers["peft"])
+    oracle(model, "sw", tokens).check(answers[answer])
 
 
 def test_a_mixed_batch_of_peft_takes_languages_the_pivot_and_the_base(
     model: Any, answers: dict[str, Tensor], oracle: Callable[..., Any], tokens: Tensor
 ) -> None:
     rows = {"sw": oracle(model, "sw", tokens), "zh": oracle(model, "zh/Hans:x", tokens)}
-    rows["trained"] = oracle(model, None, tokens)  # the pivot's rows take the adapter as it was trained
-    for answer, names in (("first rows", ["sw", "zh", None]), ("other rows", ["trained", None, "sw"])):
+    rows["run"] = oracle(model, None, tokens)  # the pivot's rows take the adapter of the run as it is
+    for answer, names in (("first rows", ["sw", "zh", None]), ("other rows", ["run", None, "sw"])):
         for row, name in enumerate(names):
             if name is None:
                 assert torch.equal(answers[answer][row], answers["base"][row])
             else:
                 rows[name].check(answers[answer][row], row)
+
+
+def test_the_tokenizer_comes_along(exported: Path) -> None:
+    for folder in (exported / "adapters" / "sw", exported / "merged" / "sw"):
+        assert (folder / "tokenizer.json").is_file()
+
+
+def test_vectors_are_files_and_codes_with_slashes_stay_in_the_folder(run: Path, tmp_path: Path) -> None:
+    for target in ("vllm", "gguf"):
+        code, text = export(run, "--to", target, "--output", tmp_path / target)
+        assert code == 0, text
+    assert "not checked in llama.cpp" in text
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
+        *(
+            "vllm/sw.pt",
+            "vllm/sw.json",
+            f"vllm/{ZH}.pt",
+            f"vllm/{ZH}.json",
+            "gguf/sw.gguf",
+            f"gguf/{ZH}.gguf",
+        ),
+    }
+
+
+def test_a_base_that_moved(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_checkpoint)
+    card = json.loads((run / "shifcon.json").read_text())
+    (run / "shifcon.json").write_text(json.dumps({**card, "base_model": str(tmp_path / "gone")}))
+    try:
+        code, text = export(run, "--to", "vllm", "--language", "sw", "--output", tmp_path / "out")
+        assert code == 2
+        assert "--base" in text
+        code, text = export(
+            run, "--to", "vllm", "--language", "sw", "--output", tmp_path / "out", "--base", moved
+        )
+        assert code == 0, text
+    finally:
+        (run / "shifcon.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "onnx"], "to: got 'onnx'; wanted one of peft, merged, gguf, vllm"),
+        (["--to", "merged"], "language: wanted for --to merged"),
+        (["--to", "peft", "--language", "sw,fr"], "got 'fr'"),
+        (["--to", "peft", "--language", "en"], "'en' is the pivot"),
+        (["--to", "peft", "--without-shift"], "without_shift: wanted with --to merged"),
+        (["--to", "merged", "--without-shift", "--language", "sw"], "without_shift: wanted with --to merged"),
+        (["--to", "peft", "--gguf-model", "x.gguf"], "gguf_model: is for --to gguf"),
+    ],
+)
+def test_bad_arguments_write_nothing(run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, text = export(run, *arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code, text = export(tiny_checkpoint, "--to", "peft", "--output", tmp_path)
+    assert code == 2
+    assert "is no run; wanted the folder that `shifcon train` wrote" in text
