@@ -36,11 +36,13 @@ class Instruction:
         return Instruction(language, (Turn("user", prompt), Turn("assistant", response)), where)
 
 
-def read_instructions(source: Source | Sequence[Instruction]) -> list[Instruction]:
+def read_instructions(
+    source: Source | Sequence[Instruction], language_field: str = "lang"
+) -> list[Instruction]:
     """Read instructions from whatever :func:`~shifcon_fast.data.rows.read_rows` reads, or take ready ones.
 
     Each row is ``{"lang": "sw", "prompt": "...", "response": "..."}`` or ``{"lang": "sw", "messages": [...]}`` with
-    messages ``{"role": "user", "content": "..."}``.
+    messages ``{"role": "user", "content": "..."}``. The language may be in another field than ``lang``.
 
     Raises:
         DataError: a row of another form, empty text, an unknown role, a conversation without a response at its end.
@@ -50,24 +52,26 @@ def read_instructions(source: Source | Sequence[Instruction]) -> list[Instructio
             raise DataError("instructions: got an empty sequence; wanted at least one")
         if all(isinstance(item, Instruction) for item in source):
             return [item for item in source if isinstance(item, Instruction)]
-    return [_parse(row) for row in read_rows(source)]  # type: ignore[arg-type]
+    return [parse_instruction(row, language_field) for row in read_rows(source)]  # type: ignore[arg-type]
 
 
-def _parse(row: Row) -> Instruction:
-    if row.value.get("lang") is None:
+def parse_instruction(row: Row, language_field: str = "lang") -> Instruction:
+    """One row of instruction data, as :func:`read_instructions` describes it, its language in ``language_field``.
+
+    Raises:
+        DataError: a row of another form.
+    """
+    wanted = f"wanted {language_field!r}, 'prompt' and 'response', or {language_field!r} and 'messages'"
+    if row.value.get(language_field) is None:
         raise DataError(
-            f"{row.where}: 'lang' is null; has {', '.join(map(repr, row.value))}; wanted 'lang', 'prompt' and "
-            "'response', or 'lang' and 'messages'"
+            f"{row.where}: {language_field!r} is null; has {', '.join(map(repr, row.value))}; {wanted}"
         )
-    language = check_text(row.value["lang"], row.where, "'lang'")
+    language = check_text(row.value[language_field], row.where, repr(language_field))
     messages = row.value.get("messages")
     if messages is not None:
         return Instruction(language, _parse_messages(messages, row.where), row.where)
     if row.value.get("prompt") is None or row.value.get("response") is None:
-        raise DataError(
-            f"{row.where}: has {', '.join(map(repr, row.value))}; wanted 'lang', 'prompt' and 'response', "
-            f"or 'lang' and 'messages'"
-        )
+        raise DataError(f"{row.where}: has {', '.join(map(repr, row.value))}; {wanted}")
     return Instruction.single(
         language,
         check_text(row.value["prompt"], row.where, "'prompt'"),

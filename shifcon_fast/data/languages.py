@@ -102,6 +102,20 @@ def _find(name: str, known: tuple[str, ...]) -> str | None:
     return found[0] if found else None
 
 
+def position_of(name: str, known: Sequence[str]) -> int:
+    """Position in ``known`` of the language ``name``, in whatever form (``swh_Latn`` for ``sw``).
+
+    Raises:
+        ValueError: a language that is not among them; they are listed.
+    """
+    found = find_language(name, known)
+    if found is None:
+        near = nearest(name, known)
+        advice = f"; if {near[0]!r} is meant, write that" if near else ""
+        raise ValueError(f"language: got {name!r}; wanted one of {', '.join(known)}{advice}")
+    return list(known).index(found)
+
+
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """Spellings of ``known`` that share the bare language with ``name`` (``pt`` for ``pt-PT``), for advice."""
     return [each for each in known if is_code(each) and primary_code(each) == primary_code(name)]

@@ -154,6 +154,13 @@ class ShifConArguments(TrainingArguments):
     use_chat_template: bool = field(
         default=True, metadata={"help": "Use the tokenizer's chat template, if it has one."}
     )
+    language_column: str = field(
+        default="lang", metadata={"help": "Column of the instructions that holds each row's language."}
+    )
+    language_losses: bool = field(
+        default=True,
+        metadata={"help": "Log the generation loss of each language too, in training and in evaluation."},
+    )
 
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Learning rate schedule."})

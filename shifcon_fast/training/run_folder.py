@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What belongs to the card and goes with it when a run is replaced or started over.
 FILES = (*ADAPTER, GENERATION, space_files.CARD, space_files.TENSORS, LOG)
-_LOGGED = ("step", "epoch", "loss", "loss_generation", "loss_contrastive", "learning_rate", "grad_norm")
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")  # and every loss_...
 
 
 class Boundaries(TypedDict):
@@ -271,7 +271,11 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
 
 
 def _training_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    steps = [{name: row[name] for name in _LOGGED if name in row} for row in history if "loss" in row]
+    steps = [
+        {name: value for name, value in row.items() if name in _LOGGED or name.startswith("loss_")}
+        for row in history
+        if "loss" in row
+    ]
     return {"steps": steps, "evaluations": [dict(row) for row in history if _is_evaluation(row)]}
 
 

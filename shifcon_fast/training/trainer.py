@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
-from shifcon_fast.data.instructions import Instruction, read_instructions
 from shifcon_fast.data.parallel import Parallel, read_parallel
-from shifcon_fast.data.rows import Source
 from shifcon_fast.modeling.boundaries import boundary_representations
-from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
@@ -30,9 +26,10 @@ from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
 from shifcon_fast.training.estimation import estimate_again
 from shifcon_fast.training.generation import stop_at
-from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
 from shifcon_fast.training.interruption import InterruptOnce
+from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
+from shifcon_fast.training.prepared_data import Instructions, TrainingData, text_tokenizer
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.setup import (
@@ -42,12 +39,9 @@ from shifcon_fast.training.setup import (
     load_vectors,
     make_sampler,
     track_vectors,
-    within_context,
 )
 
 logger = logging.getLogger(__name__)
-
-Instructions = Source | Sequence[Instruction] | Dataset[Any]
 
 
 class ShifConTrainer(Trainer):
@@ -58,10 +52,13 @@ class ShifConTrainer(Trainer):
     Args:
         model: a PEFT model, as ``load_quantized(..., lora=LoraConfig(...))`` returns it; attached already or not.
         args: see :class:`ShifConArguments`.
-        processing_class: the model's tokenizer. It is used as it is and never changed.
-        train_dataset, eval_dataset: instructions: a file, a dataset or its id, a list of dicts, ``Instruction``
-            objects, or a ready ``InstructionDataset``. ``eval_dataset`` may be a dict of such sets, each of which
-            then has its own loss (``eval_sw_loss``). The evaluation loss is the generation loss.
+        processing_class: the model's tokenizer, or a processor with one. It is used as it is and never changed.
+        train_dataset, eval_dataset: instructions: a file, a dataset or its id, a ``datasets.Dataset`` or
+            ``IterableDataset``, a list of dicts, ``Instruction`` objects; or examples that are tokenised already
+            (see :func:`.prepare`). ``eval_dataset`` may be a dict of such sets, each of which then has its own loss
+            (``eval_{name}_loss``). The evaluation loss is the generation loss.
+        data_collator: makes batches of tokenised examples instead of ours; their languages are added to what it
+            gives.
         parallel: translations: a file, a dataset or its id, a list of dicts or ``{language: [sentence, ...]}``.
             Needed for the contrastive loss, for vectors that follow training, and for ``final_estimation``.
         space: the language space, estimated on this model. Needed unless ``shift`` is off and ``w_mcl`` is 0.
@@ -82,8 +79,9 @@ class ShifConTrainer(Trainer):
         args: ShifConArguments,
         *,
         processing_class: Any,
-        train_dataset: Instructions,
+        train_dataset: Instructions | None = None,
         eval_dataset: Instructions | Mapping[str, Instructions] | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
         parallel: Parallel | None = None,
         space: LanguageSpace | None = None,
         **kwargs: Any,
@@ -95,23 +93,18 @@ class ShifConTrainer(Trainer):
         space_before = None if attached_before is None else attached_before.space
         self.handle = attach_for_training(model, args, space)
         try:
-            self._set_up_method(model, args, processing_class, parallel)
-            setting = (model, args, processing_class)
-            train_data = self._tokenize(train_dataset, *setting)
-            eval_data = (
-                {name: self._tokenize(each, *setting) for name, each in eval_dataset.items()}
-                if isinstance(eval_dataset, Mapping)
-                else None
-                if eval_dataset is None
-                else self._tokenize(eval_dataset, *setting)
+            tokenizer = text_tokenizer(processing_class)
+            self._set_up_method(model, args, tokenizer, parallel)
+            self._data = self._read_data(
+                model, args, tokenizer, train=train_dataset, evaluation=eval_dataset, collator=data_collator
             )
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=InstructionCollator(processing_class, embedding_rows(model)),
                 processing_class=processing_class,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
+                data_collator=self._data.collator,
+                train_dataset=self._data.train,
+                eval_dataset=self._data.evaluation,
                 **kwargs,
             )
         except BaseException:  # leave the model as it came
@@ -120,12 +113,15 @@ class ShifConTrainer(Trainer):
             elif self.handle is not None:
                 self.handle.detach()
             raise
-        self._end_of_turn = end_of_turn(processing_class, use_chat_template=args.use_chat_template)
+        self._end_of_turn = end_of_turn(tokenizer, use_chat_template=args.use_chat_template)
         if not self._end_of_turn:
             warn_once(NOTHING_ENDS_A_TURN)
         stop_at(model, self._end_of_turn)
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
         self._meter = LossMeter()
+        self._language_losses = {
+            mode: LanguageLosses(self._data.languages) for mode in ("training", "evaluation")
+        }
         self._interrupt = InterruptOnce()
         self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
@@ -144,24 +140,10 @@ class ShifConTrainer(Trainer):
                 "none)"
             )
 
-    def _tokenize(
-        self, instructions: Instructions, model: Any, args: ShifConArguments, tokenizer: Any
-    ) -> Dataset[Any]:
-        if isinstance(instructions, Dataset):
-            return instructions
-        return InstructionDataset(
-            read_instructions(instructions),
-            tokenizer,
-            self._language_id if self.handle is not None and args.shift else (lambda language: -1),
-            max_length=within_context(args.max_length, model),
-            too_long=args.too_long,
-            use_chat_template=args.use_chat_template,
-            embedding_rows=embedding_rows(model),
-        )
-
-    def _language_id(self, language: str) -> int:
-        assert self.handle is not None
-        return self.handle.space.language_id(language)
+    def _read_data(self, model: Any, args: ShifConArguments, tokenizer: Any, **sources: Any) -> TrainingData:
+        known = () if self.handle is None else self.handle.space.languages
+        shifted = self.handle is not None and args.shift
+        return TrainingData.read(model, args, tokenizer, known, shifted=shifted, **sources)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
@@ -182,14 +164,18 @@ class ShifConTrainer(Trainer):
         its contrastive batches.
         """
         inputs = dict(inputs)
+        language_ids = inputs.get("language_ids")
         if self.handle is None or not self.args.shift:
             inputs.pop("language_ids", None)
         with nullcontext() if self.handle is None or self.args.shift else self.handle.suspended():
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs, tokens = self._generation_loss(model, inputs, return_outputs, num_items_in_batch)
+        if tokens is not None and language_ids is not None:
+            self._add_language_losses(tokens, language_ids, training=model.training)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
         accumulation = self.current_gradient_accumulation_steps
-        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+        counts_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if num_items_in_batch is None or not counts_tokens:
             loss = loss / accumulation
         shares = {"loss_generation": loss}
         if self._sampler is not None:
@@ -205,6 +191,30 @@ class ShifConTrainer(Trainer):
         if "loss_contrastive" in shares:
             total = total + self.args.w_mcl * shares["loss_contrastive"]
         return (total, outputs) if return_outputs else total
+
+    def _generation_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
+    ) -> tuple[Any, Any, TokenLosses | None]:
+        """L_gen of a micro-batch, the model's outputs, and L_gen by token for ``language_losses``."""
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not self.args.language_losses or labels is None:
+            return loss, outputs, None
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None:
+            warn_once(
+                "No losses by language: the model gives no logits (a fused loss such as Liger's does not). "
+                "language_losses=False says that this is meant."
+            )
+            return loss, outputs, None
+        return loss, outputs, token_losses(logits, labels)
+
+    def _add_language_losses(self, tokens: TokenLosses, language_ids: Tensor, *, training: bool) -> None:
+        losses = self._language_losses["training" if training else "evaluation"]
+        rows = losses.rows(tokens, language_ids)
+        if not training and self.args.world_size > 1:
+            rows = self.accelerator.gather_for_metrics(rows)  # without the rows that fill up the last batch
+        losses.add(rows)
 
     def _contrastive_loss(self, model: Any, batch: ContrastiveBatch) -> Tensor:
         assert self.handle is not None
@@ -227,9 +237,14 @@ class ShifConTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds loss_generation and loss_contrastive, averaged like ``loss`` since the last log line."""
+        """Adds loss_generation and loss_contrastive, averaged like ``loss`` since the last log line.
+
+        And ``loss_generation_{language}``, the mean over the language's tokens since then.
+        """
         if "loss" in logs:
             logs.update(self._meter.drain(lambda total: self.accelerator.gather(total).mean()))
+            means = self._language_losses["training"].drain(self._sum_over_processes)
+            logs.update({f"loss_generation_{language}": mean for language, mean in means.items()})
         super().log(logs, start_time)
 
     def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
@@ -291,13 +306,30 @@ class ShifConTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates with the vectors that a saved model would have."""
         if self._vectors is None or self.handle is None:
-            return super().evaluation_loop(*args, **kwargs)
+            return self._evaluate_by_language(*args, **kwargs)
         before = self.handle.space
         self.handle.set_space(self._vectors.space(training=False))
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            return self._evaluate_by_language(*args, **kwargs)
         finally:
             self.handle.set_space(before)
+
+    def _evaluate_by_language(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer.evaluation_loop``, with ``eval_loss_{language}``, the mean over the language's tokens."""
+        losses = self._language_losses["evaluation"] = LanguageLosses(self._data.languages)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = losses.drain(lambda sums: sums)  # every process has those of all
+        output.metrics.update({f"{prefix}_loss_{language}": mean for language, mean in means.items()})
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As ``Trainer``'s, for data in any form that the trainer takes."""
+        return super().get_eval_dataloader(self._data.prepared(eval_dataset, self.eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As ``Trainer``'s, for data in any form that the trainer takes."""
+        return super().get_test_dataloader(self._data.prepared(test_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train and write the run folder, with the language space that training, evaluation and serving share.

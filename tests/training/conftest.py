@@ -81,6 +81,7 @@ def make_trainer(
             "parallel": parallel_text,
             "train_dataset": instructions,
             "eval_dataset": None,
+            "data_collator": None,
             "processing_class": word_tokenizer,
         }
         inputs.update({name: settings.pop(name) for name in list(settings) if name in inputs})

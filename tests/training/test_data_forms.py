@@ -68,6 +68,6 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(DataError, match=r"DatasetDict of 'train'; wanted the rows themselves: one split"):
         make_trainer(train_dataset=splits)
     with pytest.raises(
-        DataError, match=r"row 0 \(from 0\) of the given rows: .*got 'pt-PT'.* knows en, de, sw, tr"
+        DataError, match=r"row 0 \(from 0\) of the given rows: .*got 'pt-PT'.* wanted one of en, de, sw, tr"
     ):
         make_trainer(train_dataset=[{**rows[0], "lang": "pt-PT"}])
