@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,10 @@ from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.version import package_versions
 
 log = logging.getLogger(__name__)
-
-_PACKAGES = ("shifcon-fast", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def evaluate(
@@ -131,7 +128,7 @@ def evaluate(
         modes["shifted"] = handle
     common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     retrieval, perplexity = {}, {}
-    with eval_mode(model):
+    with evaluation_mode(model):
         for mode, attached in modes.items() if text else ():
             log.info("retrieval and perplexity, %s", mode)
             retrieval[mode] = measure_retrieval(
@@ -204,29 +201,6 @@ def evaluate(
     )
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _source(source: object) -> str | None:
     """What to call the data in the settings: its path or id, where it has one."""
     return None if source is None else str(source) if isinstance(source, (str, Path)) else "given in memory"
-
-
-def package_versions() -> dict[str, str]:
-    """Of Python and the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

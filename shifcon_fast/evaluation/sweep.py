@@ -23,12 +23,12 @@ from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.data.rows import Source
 from shifcon_fast.evaluation.area_effects import EffectMeter
-from shifcon_fast.evaluation.evaluate import eval_mode, package_versions
 from shifcon_fast.evaluation.exact_match import check_installed
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.retrieval import check_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import (
@@ -38,6 +38,7 @@ from shifcon_fast.space.sweep_result import (
     ShiftedRetrieval,
     SweptArea,
 )
+from shifcon_fast.version import package_versions
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def sweep_area(
     meter = EffectMeter(
         model, tokenizer, space, text, asked, batch_size=batch_size, max_new_tokens=max_new_tokens
     )
-    with eval_mode(model), torch.no_grad(), _without_dose_warnings():
+    with evaluation_mode(model), torch.no_grad(), _without_dose_warnings():
         _measure(sweep, meter, output, progress)
     space.sweep = sweep
     return sweep

@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import Recipe
 from shifcon_fast.modeling.boundaries import visit_boundaries
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.space.accumulator import SpaceAccumulator
@@ -122,7 +122,7 @@ def estimate_space(
     total = sum(len(texts) for texts in tokens.values())
     with (
         tqdm(total=total * len(ranges), desc="language space", unit="sentence", disable=not progress) as bar,
-        _evaluation_mode(model),
+        evaluation_mode(model),
         torch.no_grad(),
     ):
         for selected in ranges:
@@ -305,23 +305,6 @@ def _pad(
 def _input_device(model: nn.Module) -> torch.device:
     parameter: Tensor = next(locate_decoder(model).module.get_input_embeddings().parameters())  # type: ignore[operator]
     return parameter.device
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back to the mode that each had.
-
-    Except for bitsandbytes' 4-bit layers, which know no dropout: on CPUs with AVX512-BF16, their first forward in
-    evaluation mode repacks the weights in place, and later training loses its gradients without a word.
-    """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _tokenizer_card(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
