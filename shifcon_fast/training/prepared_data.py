@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -17,20 +15,11 @@ from torch.utils.data import Dataset
 
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction, parse_instruction, read_instructions
-from shifcon_fast.data.languages import find_language, position_of
 from shifcon_fast.data.row import Row
 from shifcon_fast.data.rows import Source
-from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.notices import warn_once
-from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.instruction_data import (
-    IGNORED,
-    ExampleEncoder,
-    InstructionCollator,
-    InstructionDataset,
-)
-from shifcon_fast.training.language_column import PER_EXAMPLE, PER_TOKEN, LanguageCollator
-from shifcon_fast.training.setup import within_context
+from shifcon_fast.training.instruction_data import IGNORED, ExampleEncoder, InstructionDataset
+from shifcon_fast.training.language_column import PER_EXAMPLE, PER_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -38,100 +27,6 @@ Instructions = Source | Sequence[Instruction] | Dataset[Any]
 
 _LENGTH = "_length"  # a column in passing
 _FOR_MODEL = ("input_ids", "labels", "attention_mask", PER_EXAMPLE, PER_TOKEN)
-
-
-@dataclass
-class TrainingData:
-    """A run's data sets on their way into ``Trainer``.
-
-    Attributes:
-        languages: their names, in the order of the ids that batches hold.
-        prepare: of one data set.
-        train, evaluation: prepared; ``evaluation`` may be a dict of sets.
-        collator: makes batches of examples, with ``language_ids``.
-    """
-
-    languages: tuple[str, ...]
-    prepare: Callable[[Any], Any]
-    collator: Callable[[list[Any]], Any] | None
-    train: Any = None
-    evaluation: Any = None
-
-    @staticmethod
-    def read(
-        model: Any,
-        args: ShifConArguments,
-        tokenizer: Any,
-        known: Sequence[str],
-        *,
-        shifted: bool,
-        train: Any,
-        evaluation: Any,
-        collator: Callable[[list[Any]], Any] | None,
-    ) -> TrainingData:
-        """Read and tokenise.
-
-        Args:
-            model, args, tokenizer: of the run.
-            known: the languages of the shift.
-            shifted: whether the generation pass is; every language must then be known. Others only name losses.
-            train, evaluation, collator: as the trainer was given them.
-
-        Raises:
-            DataError: see :func:`prepare`.
-        """
-        each = (train, *(evaluation.values() if isinstance(evaluation, Mapping) else (evaluation,)))
-        languages = list(known)
-        for code in (
-            [] if shifted else [code for data in each for code in languages_of(data, args.language_column)]
-        ):
-            if find_language(code, languages) is None:
-                languages.append(code)
-        names = tuple(languages)
-        encoder = ExampleEncoder(
-            tokenizer,
-            partial(position_of if shifted else _position_or_none, known=names),
-            max_length=within_context(args.max_length, model),
-            too_long=args.too_long,
-            use_chat_template=args.use_chat_template,
-            embedding_rows=embedding_rows(model),
-        )
-
-        def make(data: Any) -> Any:
-            if is_stream(data):  # or accelerate would glue batches of different lengths together
-                args.accelerator_config.dispatch_batches = False
-            with args.main_process_first(desc="tokenising"):
-                return prepare(
-                    data,
-                    encoder,
-                    language_column=args.language_column,
-                    wants_language=shifted,
-                    own_collator=collator is not None,
-                )
-
-        ours = InstructionCollator(tokenizer, embedding_rows(model))
-        data = TrainingData(names, make, ours if collator is None else LanguageCollator(collator))
-        data.train, data.evaluation = None if train is None else make(train), data.prepared(evaluation)
-        return data
-
-    def prepared(self, data: Any, named: Any = None) -> Any:
-        """One data set or a dict of them, prepared; None and the name of one of ``named`` as it is."""
-        if data is None or (isinstance(data, str) and isinstance(named, Mapping) and data in named):
-            return data
-        if isinstance(data, Mapping):
-            return {name: self.prepare(each) for name, each in data.items()}
-        return self.prepare(data)
-
-
-def text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer as it is."""
-    is_processor = type(processing_class).__name__.endswith("Processor")
-    return getattr(processing_class, "tokenizer", processing_class) if is_processor else processing_class
-
-
-def _position_or_none(language: str, known: Sequence[str]) -> int:
-    """Of a language that only names a loss."""
-    return -1 if find_language(language, known) is None else position_of(language, known)
 
 
 def is_table(data: object) -> TypeGuard[Any]:

@@ -29,7 +29,7 @@ from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
-from shifcon_fast.training.prepared_data import Instructions, TrainingData, text_tokenizer
+from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.setup import (
@@ -40,6 +40,7 @@ from shifcon_fast.training.setup import (
     make_sampler,
     track_vectors,
 )
+from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class ShifConTrainer(Trainer):
     def _read_data(self, model: Any, args: ShifConArguments, tokenizer: Any, **sources: Any) -> TrainingData:
         known = () if self.handle is None else self.handle.space.languages
         shifted = self.handle is not None and args.shift
-        return TrainingData.read(model, args, tokenizer, known, shifted=shifted, **sources)
+        return read_training_data(model, args, tokenizer, known, shifted=shifted, **sources)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
@@ -325,7 +326,7 @@ class ShifConTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As ``Trainer``'s, for data in any form that the trainer takes."""
-        return super().get_eval_dataloader(self._data.prepared(eval_dataset, self.eval_dataset))
+        return super().get_eval_dataloader(self._data.prepared(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As ``Trainer``'s, for data in any form that the trainer takes."""

@@ -1,0 +1,128 @@
+"""A run's data sets on their way into ``Trainer``, with the names of their languages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shifcon_fast.data.languages import find_language, position_of
+from shifcon_fast.modeling.vocabulary import embedding_rows
+from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.instruction_data import ExampleEncoder, InstructionCollator
+from shifcon_fast.training.language_column import LanguageCollator
+from shifcon_fast.training.prepared_data import is_stream, languages_of, prepare
+from shifcon_fast.training.setup import within_context
+
+
+@dataclass
+class TrainingData:
+    """The data sets of a run.
+
+    Attributes:
+        languages: their names, in the order of the ids that batches hold.
+        language_id: of a code; ValueError for an unknown one where the generation pass is shifted, else -1.
+        collator: makes batches of examples.
+        train, evaluation: ready for ``Trainer``; ``evaluation`` may be a dict of sets.
+        prepare: makes one data set ready.
+    """
+
+    languages: tuple[str, ...]
+    language_id: Callable[[str], int]
+    collator: Callable[[list[Any]], Any] | None
+    train: Any
+    evaluation: Any
+    prepare: Callable[[Any], Any] = lambda data: data
+
+    def prepared(self, data: Any) -> Any:
+        """One data set or a dict of them, ready; None and the name of an evaluation set as it is."""
+        named = self.evaluation if isinstance(self.evaluation, Mapping) else {}
+        if data is None or (isinstance(data, str) and data in named):
+            return data
+        return _each(self.prepare, data)
+
+
+def read_training_data(
+    model: Any,
+    args: ShifConArguments,
+    tokenizer: Any,
+    known: Sequence[str],
+    *,
+    shifted: bool,
+    train: Any,
+    evaluation: Any,
+    collator: Callable[[list[Any]], Any] | None,
+) -> TrainingData:
+    """Read and tokenise the data sets of a run.
+
+    Args:
+        model, args, tokenizer: of the run.
+        known: the languages of the shift.
+        shifted: whether the generation pass is; every language must then be known. Others only name losses.
+        train, evaluation, collator: as the trainer was given them.
+
+    Raises:
+        DataError: see :func:`.prepare`.
+    """
+    languages, language_id = name_languages(known, args, train, evaluation, shifted=shifted)
+    encoder = ExampleEncoder(
+        tokenizer,
+        language_id,
+        max_length=within_context(args.max_length, model),
+        too_long=args.too_long,
+        use_chat_template=args.use_chat_template,
+        embedding_rows=embedding_rows(model),
+    )
+
+    def make(data: Any) -> Any:
+        if is_stream(data):  # or accelerate would glue batches of different lengths together
+            args.accelerator_config.dispatch_batches = False
+        with args.main_process_first(desc="tokenising"):
+            return prepare(
+                data,
+                encoder,
+                language_column=args.language_column,
+                wants_language=shifted,
+                own_collator=collator is not None,
+            )
+
+    return TrainingData(
+        languages=languages,
+        language_id=language_id,
+        collator=InstructionCollator(tokenizer, embedding_rows(model))
+        if collator is None
+        else LanguageCollator(collator),
+        train=None if train is None else make(train),
+        evaluation=None if evaluation is None else _each(make, evaluation),
+        prepare=make,
+    )
+
+
+def name_languages(
+    known: Sequence[str], args: ShifConArguments, train: Any, evaluation: Any, *, shifted: bool
+) -> tuple[tuple[str, ...], Callable[[str], int]]:
+    """The languages of a run, and the id of a code; arguments as for :func:`read_training_data`."""
+    if shifted:
+        return tuple(known), partial(position_of, known=tuple(known))
+    languages = list(known)
+    for data in (train, *(evaluation.values() if isinstance(evaluation, Mapping) else (evaluation,))):
+        for code in languages_of(data, args.language_column):
+            if find_language(code, languages) is None:
+                languages.append(code)
+    return tuple(languages), partial(_position_or_none, known=tuple(languages))
+
+
+def text_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer as it is."""
+    is_processor = type(processing_class).__name__.endswith("Processor")
+    return getattr(processing_class, "tokenizer", processing_class) if is_processor else processing_class
+
+
+def _each(make: Callable[[Any], Any], data: Any) -> Any:
+    return {name: make(each) for name, each in data.items()} if isinstance(data, Mapping) else make(data)
+
+
+def _position_or_none(language: str, known: Sequence[str]) -> int:
+    """Of a language that only names a loss."""
+    return -1 if find_language(language, known) is None else position_of(language, known)
