@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from shifcon_fast.training.arguments import ShifConArguments as ShifConArguments
     from shifcon_fast.training.quantization import load_quantized as load_quantized
     from shifcon_fast.training.run_folder import load as load
+    from shifcon_fast.training.sft import ShifConSFTConfig as ShifConSFTConfig
+    from shifcon_fast.training.sft import ShifConSFTTrainer as ShifConSFTTrainer
     from shifcon_fast.training.trainer import ShifConTrainer as ShifConTrainer
 
 _HOME = {
     "LanguageSpace": "shifcon_fast.space.language_space",
     "ShifConArguments": "shifcon_fast.training.arguments",
+    "ShifConSFTConfig": "shifcon_fast.training.sft",
+    "ShifConSFTTrainer": "shifcon_fast.training.sft",
     "ShifConTrainer": "shifcon_fast.training.trainer",
     "attach": "shifcon_fast.modeling.attach",
     "estimate_space": "shifcon_fast.modeling.estimate_space",

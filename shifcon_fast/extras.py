@@ -14,6 +14,7 @@ EXTRAS = {
     "eval": ("matplotlib", "py3langid", "babel"),
     "data": ("datasets", "pyarrow"),
     "gguf": ("gguf", "llama_cpp_py_sync"),
+    "trl": ("trl",),
 }
 """Extra → the modules of the packages that it installs (``pyproject.toml`` has the same)."""
 

@@ -247,7 +247,7 @@ class ShifConArguments(TrainingArguments):
         inherited = {each.name for each in fields(TrainingArguments)}
         own = [
             each.name
-            for each in fields(self)
+            for each in fields(ShifConArguments)  # and not what a subclass has of another library
             if (each.name not in inherited or each.name in _FROM_RECIPE) and each.name != "alpha"
         ]
         return {name: getattr(getattr(self, name), "value", getattr(self, name)) for name in own}

@@ -142,9 +142,14 @@ class ShifConTrainer(Trainer):
             )
 
     def _read_data(self, model: Any, args: ShifConArguments, tokenizer: Any, **sources: Any) -> TrainingData:
-        known = () if self.handle is None else self.handle.space.languages
-        shifted = self.handle is not None and args.shift
+        known, shifted = self._known_languages(args)
         return read_training_data(model, args, tokenizer, known, shifted=shifted, **sources)
+
+    def _known_languages(self, args: ShifConArguments) -> tuple[Sequence[str], bool]:
+        """The shift's languages, and whether rows must be in one of them."""
+        if self.handle is None:
+            return (), False
+        return self.handle.space.languages, args.shift
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
