@@ -264,6 +264,7 @@ def test_the_extras_are_those_of_the_project() -> None:
     for extra, modules in EXTRAS.items():
         assert set(modules) <= modules_of({distribution(each) for each in optional[extra]}), extra
         assert len(modules) == len(optional[extra]), extra
+        assert f"| `{extra}` | " in (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert optional["all"] == [f"shifcon-fast[{','.join(EXTRAS)}]"]
     assert "shifcon-fast[all]" in optional["test"]
 

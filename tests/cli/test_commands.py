@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from shifcon_fast import workflow
+from shifcon_fast.cli import app
 from shifcon_fast.data import parallel
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -254,7 +255,7 @@ def test_doctor_names_every_operator_and_its_backend(workplace) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "profile", "sweep", "train", "evaluate", "generate", "report", "demo"]
+    "command", [each.callback.__name__ for each in app.registered_commands if each.callback]
 )
 def test_every_command_explains_itself(workplace, command: str) -> None:
     helped = workplace.shifcon(command, "--help")
