@@ -344,7 +344,7 @@ print(json.dumps(sorted({owner for name in names for owner in owners.get(name, [
 
 
 @pytest.mark.slow("imports everything that the device tests and the benchmarks do")
-def test_what_is_imported_on_the_device_is_there_or_brought() -> None:
+def test_what_is_imported_on_the_device_is_there_or_brought(gpu_check: ModuleType) -> None:
     """A dependency that is new in pyproject.toml is missing there until its wheel is brought."""
     import gpu_wheels
 
