@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shifcon_fast.export.engagement import Engagement, attached_logits, check_displacement, probe_tokens
 from shifcon_fast.export.llama_cpp import LlamaCpp, read_control_vector
-from shifcon_fast.export.vectors import ShiftVectors, shift_vectors
+from shifcon_fast.export.shift_vectors import ShiftVectors, shift_vectors
 from shifcon_fast.extras import needed_for
 from shifcon_fast.storage import replacing
 from shifcon_fast.version import __version__

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shifcon_fast.export.vectors import ShiftVectors
+from shifcon_fast.export.shift_vectors import ShiftVectors
 from shifcon_fast.modeling.architectures import Architecture, Decoder, locate_decoder
 
 _TOKENS = 6

@@ -10,7 +10,7 @@ from shifcon_fast.export.control_vector import export_control_vector
 from shifcon_fast.export.engagement import Engagement
 from shifcon_fast.export.merged import export_merged
 from shifcon_fast.export.peft_alone import export_peft
-from shifcon_fast.export.vectors import file_stem, shift_vectors, shifted_languages
+from shifcon_fast.export.shift_vectors import file_stem, shift_vectors, shifted_languages
 from shifcon_fast.export.vllm import export_vllm
 
 Target = Literal["peft", "merged", "gguf", "vllm"]

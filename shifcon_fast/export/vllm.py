@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
 from shifcon_fast.export.plain_copy import plain_copy
-from shifcon_fast.export.vectors import ShiftVectors, shift_vectors
+from shifcon_fast.export.shift_vectors import ShiftVectors, shift_vectors
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.storage import replacing, write_json
 

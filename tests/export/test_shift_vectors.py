@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shifcon_fast.export.vectors import file_stem
+from shifcon_fast.export.shift_vectors import file_stem
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""The house: a room imports from the floors below it alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "shifcon_fast"
+FLOORS = (
+    {"version", "extras", "notices", "storage", "_native"},
+    {"json_record", "data", "ops"},
+    {"space"},
+    {"modeling"},
+    {"objective"},
+    {"training", "evaluation", "export"},
+    {"opening", "tables", "demo", "doctor"},
+    {"workflow"},
+    {"cli_options", "console"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(file: Path) -> Iterator[tuple[str, int]]:
+    """What a file imports of the package, wherever in it, with the line."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "shifcon_fast":
+                yield rest.partition(".")[0], node.lineno
+
+
+def test_imports_point_downwards() -> None:
+    problems = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        room = room_of(file)
+        if room == "__init__":  # the public names, which load on first use
+            continue
+        assert room in FLOOR, f"{room} is new: on which floor of {__name__} does it stand?"
+        for other, line in imported_rooms(file):
+            if other not in (room, "kernels") and FLOOR.get(other, 0) >= FLOOR[room]:
+                problems.append(f"{file.relative_to(PACKAGE)}:{line} imports {other}")
+    assert problems == []
