@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def test_imports_point_downwards() -> None:
             if other not in (room, "kernels") and FLOOR.get(other, 0) >= FLOOR[room]:
                 problems.append(f"{file.relative_to(PACKAGE)}:{line} imports {other}")
     assert problems == []
+
+
+def test_the_page_on_the_layout_has_every_room_on_its_floor() -> None:
+    text = (PACKAGE.parent / "docs" / "layout.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
+    told = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    assert told == FLOOR
+    begun = re.findall(r"\| `([\w/]+\.py)` \|$", text, re.MULTILINE)
+    assert [name for name in begun if not (PACKAGE / name).is_file()] == []
+    assert len(begun) > 5
