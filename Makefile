@@ -3,6 +3,7 @@
 # make test-all   make test, then what it left out: the tests marked slow, whose reasons it prints
 # make test-real   fetch two real models (0.35 GB, kept in ~/.cache/shifcon_fast) and run the tests that need them
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
+# make architectures   write the table of docs/architectures.md anew, from the rows and their tests
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc" -not -name "*.md")
 
-.PHONY: demo test test-all test-real lint sanitize aot format clean lock
+.PHONY: demo test test-all test-real lint sanitize architectures aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -42,6 +43,9 @@ lint: $(VENV)/.ready
 sanitize: $(VENV)/.ready
 	$(BIN)/python scripts/sanitize.py address
 	$(BIN)/python scripts/sanitize.py thread
+
+architectures: $(VENV)/.ready
+	$(BIN)/python -P scripts/architecture_table.py --write
 
 # Registers, spills, shared memory and access widths of every kernel variant; no GPU needed.
 aot: $(VENV)/.ready

@@ -43,33 +43,24 @@ REPRESENTATIVES = frozenset(
         "qwen3_5_text",
     }
 )
-_more_of_a_kind = pytest.mark.slow(
-    "models whose blocks are put together like those of a model that is tested"
-)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``@pytest.mark.every_architecture`` runs a test for every row of the table.
 
-    Arguments of the marker: ``heavy``, all but representatives are slow; ``slow``, all are, for this reason;
-    ``only``, the rows that a function of them picks; ``column``, what docs/architectures.md then says of the rows
-    (scripts/architecture_table.py).
+    Arguments of the marker: ``only``, a function that picks rows; ``heavy``, every run tests representatives alone;
+    ``quick``, every run tests these alone; ``slow``, why the others wait for ``make test-all``; ``column``, what
+    docs/architectures.md then says of the rows (scripts/architecture_table.py).
     """
     marker = metafunc.definition.get_closest_marker("every_architecture")
     if marker is None:
         return
-    heavy, only = marker.kwargs.get("heavy", False), marker.kwargs.get("only", lambda row: True)
-    all_slow = [pytest.mark.slow(marker.kwargs["slow"])] if "slow" in marker.kwargs else []
+    options = marker.kwargs
+    rows = [row.model_type for row in ARCHITECTURES.values() if options.get("only", bool)(row)]
+    quick = REPRESENTATIVES if options.get("heavy") else options.get("quick", rows)
+    slow = pytest.mark.slow(options.get("slow", "a model that is put together like one that is tested"))
     metafunc.parametrize(
-        "architecture",
-        [
-            pytest.param(
-                row.model_type,
-                marks=[_more_of_a_kind] if heavy and row.model_type not in REPRESENTATIVES else all_slow,
-            )
-            for row in ARCHITECTURES.values()
-            if only(row)
-        ],
+        "architecture", [pytest.param(row, marks=[] if row in quick else [slow]) for row in rows]
     )
 
 

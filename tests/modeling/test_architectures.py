@@ -90,6 +90,7 @@ UNKNOWN = {
         "mamba_dt_rank": 4,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
+        "use_mamba_kernels": False,  # older transformers ask to be told
         "num_experts": 2,  # both for every token: no row's arithmetic depends on the others'
     },
     "mamba": {"state_size": 4, "time_step_rank": 4},

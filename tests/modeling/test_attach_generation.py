@@ -15,8 +15,28 @@ from shifcon_fast.modeling.attach import attach
 # An end token that is never produced: every row gets all its new tokens.
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 1_000, "pad_token_id": 0}
 
+STATIC = {"cache_implementation": "static", "disable_compile": True}
 
-@pytest.mark.every_architecture(heavy=True)
+# Windows shorter than the prompt of ``batch``.
+_WINDOW = {"sliding_window": 4}
+_SOME = {"use_sliding_window": True, "max_window_layers": 2, **_WINDOW}
+WINDOWS = {
+    **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"], _SOME),
+    **dict.fromkeys(
+        ["mistral", "ministral", "ministral3", "mixtral", "gpt_oss", "phi3", "starcoder2"], _WINDOW
+    ),
+    **dict.fromkeys(["gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"], _WINDOW),
+    **dict.fromkeys(["cohere2", "exaone4", "olmo3"], _WINDOW),
+    "smollm3": {"use_sliding_window": True, **_WINDOW},
+    "llama4_text": {"attention_chunk_size": 4},
+}
+
+
+def _widest(architecture):
+    return {name: 64 for name in ("sliding_window", "attention_chunk_size") if name in WINDOWS[architecture]}
+
+
+@pytest.mark.every_architecture(heavy=True, column="generation with beams, with and without a dynamic cache")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_equals_the_oracle_with_and_without_cache(
     architecture, beams, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
@@ -34,6 +54,44 @@ def test_generation_equals_the_oracle_with_and_without_cache(
         assert torch.equal(tokens, expected)
     assert not torch.equal(expected, unshifted), "the shift must have changed what is generated"
     assert torch.equal(model.generate(**batch, num_beams=beams, **GREEDY), unshifted)
+
+
+@pytest.mark.every_architecture(
+    quick={"llama", "qwen3_5_text"}, slow="a static cache for one more model", column="a static cache"
+)
+def test_generation_with_a_static_cache_equals_the_oracle(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture)
+    space = random_space(model)
+    with shifted_by_hooks(model, space, batch_ids, {1: (1, 1.0), 3: (3, -1.0)}) as plain:
+        expected = plain.generate(**batch, use_cache=False, **GREEDY)
+    attach(model, space, forward=1, backward=3)
+    tokens = model.generate(**batch, language_ids=batch_ids, **STATIC, **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.every_architecture(
+    only=lambda row: row.model_type in WINDOWS,
+    quick={"mistral", "gemma4_text", "llama4_text"},
+    slow="a sliding window for one more model",
+    column="sliding window",
+)
+def test_generation_past_a_sliding_window_equals_the_oracle(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(architecture, **WINDOWS[architecture])
+    with torch.no_grad():
+        whole = tiny_model(architecture, **{**WINDOWS[architecture], **_widest(architecture)})
+        assert not torch.allclose(model(**batch).logits, whole(**batch).logits, rtol=1e-2), (
+            "the window counts"
+        )
+    space = random_space(model)
+    with shifted_by_hooks(model, space, batch_ids, {1: (1, 1.0), 3: (3, -1.0)}) as plain:
+        expected = plain.generate(**batch, use_cache=False, **GREEDY)
+    attach(model, space, forward=1, backward=3)
+    for cache in ({}, STATIC):
+        assert torch.equal(model.generate(**batch, language_ids=batch_ids, **cache, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom"])

@@ -43,7 +43,7 @@ def _snapshot(model: nn.Module) -> list[tuple[object, ...]]:
     ]
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(column="detaching without a trace")
 def test_detach_leaves_no_trace(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
     model(**batch)  # transformers caches on first use
@@ -400,6 +400,22 @@ def test_compiled_models_equal_eager_ones(architecture, tiny_model, random_space
     if architecture == "llama":
         assert len(operators) >= 2 * 4, "the operators must be in the compiled graph"
     torch._dynamo.reset()
+
+
+@pytest.mark.every_architecture(
+    quick={"llama", "lfm2"}, slow="torch.compile of one more model", column="`torch.compile` in one graph"
+)
+def test_a_compiled_model_is_one_graph(architecture, tiny_model, random_space, batch, batch_ids):
+    model = tiny_model(architecture)
+    attach(model, random_space(model), forward=1, backward=3)
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            expected = model(**batch, language_ids=batch_ids).logits
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(**batch, language_ids=batch_ids).logits, expected)
+    finally:
+        torch._dynamo.reset()
 
 
 def test_language_ids_of_codes(tiny_model, random_space):

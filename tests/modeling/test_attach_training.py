@@ -48,7 +48,7 @@ def _assert_same(found, expected):
         )
 
 
-@pytest.mark.every_architecture(heavy=True)
+@pytest.mark.every_architecture(heavy=True, column="gradient checkpointing, reentrant and not")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_the_same_shifted_blocks(
     architecture, reentrant, tiny_model, random_space, batch, batch_ids
@@ -73,7 +73,7 @@ def test_checkpointing_recomputes_the_same_shifted_blocks(
     assert len(runs) == 2, "the block must really be recomputed"
 
 
-@pytest.mark.every_architecture(heavy=True)
+@pytest.mark.every_architecture(heavy=True, column="PEFT, before and after attaching")
 def test_peft_before_and_after_attach_are_the_same_model(
     architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
 ):

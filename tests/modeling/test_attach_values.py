@@ -16,7 +16,7 @@ from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(column="unshifted logits equal to transformers' own bit for bit")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("reference_backend")
 def test_unshifted_logits_are_those_of_the_model_bit_for_bit(
@@ -61,7 +61,7 @@ def test_unshifted_logits_are_as_accurate_as_the_models(architecture, dtype, tin
     assert (unshifted.double() - exact).norm() <= 2 * theirs
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(column="the shift against hooks on a copy")
 def test_shifted_logits_equal_the_oracle(
     architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
 ):
@@ -116,7 +116,7 @@ def test_official_recipe_adds_at_the_block_before(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(column="gradients")
 def test_gradients_equal_the_oracle(
     architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
 ):
