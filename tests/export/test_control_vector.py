@@ -24,10 +24,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def llama_gguf() -> ModuleType:
-    """examples/real_models/llama_gguf.py as a module."""
-    path = REPOSITORY / "examples" / "real_models" / "llama_gguf.py"
-    spec = importlib.util.spec_from_file_location("llama_gguf", path)
+def float32_gguf() -> ModuleType:
+    """examples/real_models/float32_gguf.py as a module."""
+    path = REPOSITORY / "examples" / "real_models" / "float32_gguf.py"
+    spec = importlib.util.spec_from_file_location("float32_gguf", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,13 +42,13 @@ def model(attached: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def served(
-    model: Any, llama_gguf: ModuleType, word_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+    model: Any, float32_gguf: ModuleType, word_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The GGUF of the merged model without the shift, made by way of the checkpoint, as a user makes it."""
     folder = tmp_path_factory.mktemp("served")
     export_merged(model, None, folder / "merged")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
-    llama_gguf.write_gguf(merged, word_tokenizer, folder / "model.gguf")
+    float32_gguf.from_checkpoint(merged, word_tokenizer, folder / "model.gguf")
     return folder / "model.gguf"
 
 
@@ -141,11 +141,11 @@ def test_a_gguf_of_another_shape_is_refused_by_name(
     message: str,
     model: Any,
     tiny_model: Callable[..., Any],
-    llama_gguf: ModuleType,
+    float32_gguf: ModuleType,
     word_tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    llama_gguf.write_gguf(tiny_model("llama", **sizes), word_tokenizer, tmp_path / "other.gguf")
+    float32_gguf.from_checkpoint(tiny_model("llama", **sizes), word_tokenizer, tmp_path / "other.gguf")
     with pytest.raises(ValueError, match=message):
         export_control_vector(model, "sw", tmp_path / "out", gguf_model=tmp_path / "other.gguf")
     assert not (tmp_path / "out").exists()
@@ -191,7 +191,7 @@ def test_one_block_off_is_noticed(
 def test_a_merged_checkpoint_takes_the_shift_into_its_gguf(
     *,
     model: Any,
-    llama_gguf: ModuleType,
+    float32_gguf: ModuleType,
     word_tokenizer: Any,
     oracle: Callable[..., Any],
     tokens: Tensor,
@@ -201,7 +201,7 @@ def test_a_merged_checkpoint_takes_the_shift_into_its_gguf(
     export_merged(model, "sw", tmp_path / "merged")
     assert any(key.endswith("down_proj.bias") for key in load_file(tmp_path / "merged" / "model.safetensors"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    llama_gguf.write_gguf(merged, word_tokenizer, tmp_path / "model.gguf")
+    float32_gguf.from_checkpoint(merged, word_tokenizer, tmp_path / "model.gguf")
     wanted = oracle(model, "sw", tokens)
     with LlamaCpp(tmp_path / "model.gguf") as server:
         assert (run(server, tokens).double() - wanted.logits).abs().max() < 1e-4

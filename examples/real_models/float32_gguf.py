@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Write a Llama checkpoint as a float32 GGUF, as llama.cpp's converter does.
+"""Make GGUF files of float32 weights, whose logits in llama.cpp can be compared with transformers' own.
 
-    python examples/real_models/llama_gguf.py model-folder/ model.gguf
+    python examples/real_models/float32_gguf.py checkpoint/ model.gguf      # a Llama checkpoint
+    python examples/real_models/float32_gguf.py quantised.gguf model.gguf   # of any architecture
 
-The weights are those of the checkpoint, not rounded, so that logits of llama.cpp and of transformers can be
-compared. For other architectures and types take ``convert_hf_to_gguf.py`` of llama.cpp.
+No weight is rounded: a checkpoint's are written as they are, and a quantised file's as they are unpacked, which
+is what transformers does with them too. Models to serve are made with ``convert_hf_to_gguf.py`` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NAMES = {
 }
 
 
-def write_gguf(model: Any, tokenizer: Any, path: str | Path) -> None:
+def from_checkpoint(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Write a ``LlamaForCausalLM`` and its tokenizer (``PreTrainedTokenizerFast``, byte-level BPE or words)."""
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -73,6 +74,26 @@ def write_gguf(model: Any, tokenizer: Any, path: str | Path) -> None:
     writer.close()
 
 
+def from_gguf(source: str | Path, path: str | Path) -> None:
+    """Write a GGUF file again with every tensor in float32; what it says of the model and the tokenizer is kept."""
+    file = gguf.GGUFReader(str(source))
+    writer = gguf.GGUFWriter(str(path), file.fields["general.architecture"].contents())
+    for name, field in file.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.quantization_version"):
+            continue
+        if name == "general.file_type":
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _interleave(weight: Any, heads: int) -> Any:
     """Rotary pairs are neighbours in llama.cpp's Llama, and halves of a head in transformers'."""
     rows, columns = weight.shape
@@ -101,16 +122,19 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
 
 def main() -> None:
     """The command line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="folder of a Llama checkpoint")
+    parser.add_argument("source", type=Path, help="folder of a Llama checkpoint, or a GGUF file")
     parser.add_argument("output", type=Path, help="GGUF file to write")
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    write_gguf(model, AutoTokenizer.from_pretrained(options.model), options.output)
+    if options.source.is_file():
+        from_gguf(options.source, options.output)
+        return
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(options.source)
+    from_checkpoint(model, AutoTokenizer.from_pretrained(options.source), options.output)
 
 
 if __name__ == "__main__":
