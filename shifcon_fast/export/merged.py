@@ -2,7 +2,7 @@
 
 Any program that loads the architecture loads it: transformers, vLLM, converters. It speaks one language: every
 prompt is shifted. A layer that has a bias has the shift added to it; where none has one, ``mlp_bias`` of the
-configuration (Llama, Granite, SmolLM3) gives every MLP layer a bias, of zeros but for two.
+configuration (Llama, Granite, SmolLM3; ``bias`` of Falcon's) gives every MLP layer one, of zeros but for two.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _TARGET = "--to merged"
+_FIELDS = ("mlp_bias", "use_bias", "bias")  # of configurations, where the layers may have a bias
 
 
 def export_merged(
@@ -64,10 +66,10 @@ def export_merged(
     if vectors is not None:
         base = plain_copy(model).unload()
         biases = biases_for(vectors, base, _TARGET)
-        new = _biases_that_are_missing(base, biases, vectors)
+        missing = missing_biases(base, biases, vectors)
     merged = _merge(plain_copy(model), name)
     if vectors is not None:
-        _bake(merged, vectors, biases, new)
+        _bake(merged, vectors, biases, missing)
         merged.config.shifcon_fast = {
             "version": __version__,
             "language": vectors.language,
@@ -93,6 +95,14 @@ def export_merged(
         return check_engagement(model, vectors.language if vectors else None, exported, _TARGET)
 
 
+@dataclass(frozen=True)
+class MissingBiases:
+    """A field of the configuration that gives layers a bias, and those layers: name → size of the bias."""
+
+    field: str
+    layers: Mapping[str, int]
+
+
 def _merge(copied: Any, name: str) -> PreTrainedModel:
     """The base model with the adapter in its weights, none of them quantised."""
     quantizer = getattr(copied.get_base_model(), "hf_quantizer", None)
@@ -110,45 +120,47 @@ def _merge(copied: Any, name: str) -> PreTrainedModel:
         return adapted.merge_and_unload(safe_merge=True)
 
 
-def _biases_that_are_missing(
+def missing_biases(
     base: Any, biases: Mapping[int, OutputBias], vectors: ShiftVectors
-) -> dict[str, int]:
-    """Layers that need a bias of zeros before the shift can be in one: name → size. Empty where they have one.
+) -> MissingBiases | None:
+    """What the checkpoint needs before the shift can be in its biases; None where the layers have them.
 
     Raises:
         ValueError: the architecture's layers have no bias, and its configuration cannot give them one.
     """
     places = [bias.module for bias in biases.values()]
     if all(base.get_submodule(place).bias is not None for place in places):
-        return {}
-    config = copy.deepcopy(base.config)
-    if hasattr(config.get_text_config(), "mlp_bias"):
-        config.get_text_config().mlp_bias = True
+        return None
+    modules = dict(base.named_modules())
+    for field in _FIELDS:
+        config = copy.deepcopy(base.config)
+        if getattr(config.get_text_config(), field, None) is not False:
+            continue
+        setattr(config.get_text_config(), field, True)
         with torch.device("meta"):
             grown = type(base)(config)
-        modules = dict(base.named_modules())
         new = {
             name: layer.bias.shape[0]
             for name, layer in grown.named_modules()
             if getattr(layer, "bias", None) is not None and getattr(modules[name], "bias", None) is None
         }
         if new.keys() >= set(places):
-            return new
+            return MissingBiases(field, new)
     raise ValueError(
-        f"{_TARGET}: a checkpoint of {vectors.model_type} has no bias at {places[0]} (its configuration has no "
-        "mlp_bias), so the shift has no place in it; --to peft takes it, and --to gguf and --to vllm, beside "
-        "--to merged --without-shift"
+        f"{_TARGET}: a checkpoint of {vectors.model_type} has no bias at {places[0]}, and its configuration gives "
+        f"it none ({', '.join(_FIELDS)}), so the shift has no place in it; --to peft takes it, and --to gguf and "
+        "--to vllm, beside --to merged --without-shift"
     )
 
 
 def _bake(
-    merged: Any, vectors: ShiftVectors, biases: Mapping[int, OutputBias], new: Mapping[str, int]
+    merged: Any, vectors: ShiftVectors, biases: Mapping[int, OutputBias], missing: MissingBiases | None
 ) -> None:
-    for name, size in new.items():
-        layer = merged.get_submodule(name)
-        layer.bias = nn.Parameter(layer.weight.new_zeros(size))
-    if new:
-        merged.config.get_text_config().mlp_bias = True
+    if missing is not None:
+        setattr(merged.config.get_text_config(), missing.field, True)
+        for name, size in missing.layers.items():
+            layer = merged.get_submodule(name)
+            layer.bias = nn.Parameter(layer.weight.new_zeros(size))
     for boundary, place in biases.items():
         layer = merged.get_submodule(place.module)
         added = vectors.at[boundary].to(layer.bias.device) / place.scale

@@ -93,12 +93,18 @@ def biases_for(vectors: ShiftVectors, base: nn.Module, target: str) -> dict[int,
 def _candidates(block: nn.Module, hidden_size: int) -> list[nn.Module]:
     """Linear layers of a block that write vectors of the residual stream's size."""
 
-    def writes(layer: nn.Module) -> int | None:
-        if isinstance(layer, nn.Linear):
-            return layer.out_features
-        return int(layer.nf) if isinstance(layer, Conv1D) else None
+    return [
+        layer
+        for layer in block.modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and sizes(layer)[1] == hidden_size
+    ]
 
-    return [layer for layer in block.modules() if writes(layer) == hidden_size]
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """Length of what a linear layer reads and of what it writes."""
+    if isinstance(layer, Conv1D):  # GPT-2's
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
 
 
 class _Reached(Exception):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
-from shifcon_fast.export.output_bias import OutputBias, biases_for
+from shifcon_fast.export.output_bias import OutputBias, biases_for, sizes
 from shifcon_fast.export.plain_copy import active_adapter, plain_copy
 from shifcon_fast.export.shift_vectors import ShiftVectors, shift_vectors
 from shifcon_fast.storage import replacing
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_MERGED_WORKS = "--to merged takes it"
+_WORKS = "--to merged takes it if the architecture has biases, --to gguf and --to vllm in any case"
 # They leave the base model alone, so that a loader may start from zeros instead; the others take the base apart.
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -58,9 +58,9 @@ def export_peft(model: Any, language: str, folder: str | Path, *, tokenizer: Any
     vectors = shift_vectors(model, language)
     name = active_adapter(model)
     copied = plain_copy(model)
+    biases = biases_for(vectors, plain_copy(copied).unload(), "--to peft")
     config = _checked_config(copied, name)
     tensors = peft.get_peft_model_state_dict(copied, adapter_name=name)
-    biases = biases_for(vectors, plain_copy(copied).unload(), "--to peft")
     adapted = {
         key.removeprefix(_PREFIX): layer
         for key, layer in copied.named_modules()
@@ -99,24 +99,24 @@ def _checked_config(model: Any, name: str) -> peft.LoraConfig:
     """
     config = copy.deepcopy(model.peft_config[name])
     if config.peft_type != peft.PeftType.LORA:
-        raise ValueError(f"--to peft: the adapter is {config.peft_type}, which has no bias; {_MERGED_WORKS}")
+        raise ValueError(f"--to peft: the adapter is {config.peft_type}, which has no bias; {_WORKS}")
     for field in ("target_parameters", "layer_replication"):
         if getattr(config, field, None):
-            raise ValueError(f"--to peft: PEFT has no lora_bias for {field}; {_MERGED_WORKS}")
+            raise ValueError(f"--to peft: PEFT has no lora_bias for {field}; {_WORKS}")
     if config.init_lora_weights not in _HARMLESS_STARTS:
         raise ValueError(
             f"--to peft: the adapter starts from {config.init_lora_weights!r}, for which PEFT has no lora_bias; "
-            f"{_MERGED_WORKS}"
+            f"{_WORKS}"
         )
     for key, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         if name in layer.lora_embedding_A:
-            raise ValueError(f"--to peft: PEFT has no lora_bias for the embedding {key!r}; {_MERGED_WORKS}")
+            raise ValueError(f"--to peft: PEFT has no lora_bias for the embedding {key!r}; {_WORKS}")
         if variant := layer.lora_variant.get(name):  # DoRA, aLoRA, ...
             raise ValueError(
                 f"--to peft: the adapter is a {type(variant).__name__}, which has no bias of its own or not at "
-                f"every token; {_MERGED_WORKS}"
+                f"every token; {_WORKS}"
             )
     config.init_lora_weights = True
     config.lora_bias = True
@@ -136,10 +136,9 @@ def _add_layers(
     if not added:
         return
     for module in added:
-        layer = model.get_base_model().get_submodule(module)
-        width, height = layer.in_features, layer.out_features
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = torch.zeros(1, width)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = torch.zeros(height, 1)
+        inputs, outputs = sizes(model.get_base_model().get_submodule(module))
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = torch.zeros(1, inputs)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = torch.zeros(outputs, 1)
     # Every layer by its whole name: patterns, "all-linear" and choices of layers have been resolved by PEFT.
     config.target_modules = sorted({*adapted, *added})
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -61,10 +61,11 @@ def attached(adapted: Callable[..., Any], tiny_model: Callable[..., Any]) -> Cal
         backward: int = BACKWARD,
         alpha: float = 0.5,
         recipe: Any = "stable",
+        adapter: bool = True,
         **settings: Any,
     ) -> Any:
         base = tiny_model(base) if isinstance(base, str) else base
-        model = adapted(base, **settings)
+        model = adapted(base, **settings) if adapter else base
         sf.attach(model, random_space(model), forward, backward, alpha, recipe=recipe)
         return model
 

@@ -158,9 +158,9 @@ def test_languages_and_models_with_nothing_to_export(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "Dora.*no bias.*--to merged"),
-        ({"init_lora_weights": "pissa"}, "starts from 'pissa'.*--to merged"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "no lora_bias for the embedding.*--to merged"),
+        ({"use_dora": True}, "Dora.*no bias.*--to gguf"),
+        ({"init_lora_weights": "pissa"}, "starts from 'pissa'.*--to gguf"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "no lora_bias for the embedding.*--to gguf"),
     ],
 )
 def test_adapters_that_peft_gives_no_bias(
