@@ -124,29 +124,31 @@ class Parity:
 
     def __init__(self, model: Any, asked: Mapping[str, list[list[int]]]) -> None:
         self.asked = [(code, tokens) for code, each in asked.items() for tokens in each]
-        self.shifted, self.plain, self.effect = [], [], 0.0
+        self.shifted, self.unshifted, self.plain, self.effect = [], [], [], 0.0
         for code, tokens in self.asked:
             added = shift_vectors(model, code).at
             self.shifted.append(by_hooks(model, added, tokens, torch.float64))
             self.plain.append(by_hooks(model, added, tokens, torch.float32))
-            unshifted = by_hooks(model, {}, tokens, torch.float64)
-            self.effect = max(self.effect, float((self.shifted[-1] - unshifted).abs().max()))
+            self.unshifted.append(by_hooks(model, {}, tokens, torch.float64))
+            self.effect = max(self.effect, float((self.shifted[-1] - self.unshifted[-1]).abs().max()))
 
-    def error(self, logits: list[Tensor]) -> float:
+    def error(self, logits: list[Tensor], *, shifted: bool = True) -> float:
         """The largest difference from float64."""
-        pairs = zip(self.shifted, logits, strict=True)
+        pairs = zip(self.shifted if shifted else self.unshifted, logits, strict=True)
         return max(float((wanted - got.double()).abs().max()) for wanted, got in pairs)
 
 
 def llama_cpp(model: Any, parity: Parity, gguf_model: Path, folder: Path) -> dict[str, Any]:
     """Control vectors in llama.cpp: logits and greedy tokens against Hugging Face's."""
-    logits, same, margins, checks = [], [], [], {}
+    logits, unshifted, same, margins, checks = [], [], [], [], {}
     with LlamaCpp(gguf_model) as server:
         for code, tokens in parity.asked:
             if code not in checks:
                 found = export_control_vector(model, code, folder, gguf_model=gguf_model)
                 assert found is not None
                 checks[code] = {"effect": found.effect, "error": found.error}
+            server.set_control_vector(None)
+            unshifted.append(server.logits(tokens))
             server.set_control_vector(read_control_vector(folder / f"{code}.gguf", server.hidden_size))
             logits.append(server.logits(tokens))
             wanted, margin = greedy(model, tokens, code)
@@ -154,6 +156,7 @@ def llama_cpp(model: Any, parity: Parity, gguf_model: Path, folder: Path) -> dic
             margins.append(margin)
     return {
         "error": parity.error(logits),
+        "error_without_vector": parity.error(unshifted, shifted=False),
         "greedy_equal": same,
         "smallest_margin": margins,
         "checks": checks,

@@ -46,6 +46,7 @@ def test_the_page_names_every_architecture() -> None:
     assert documented().keys() == set(NAMES)
 
 
+@pytest.mark.slow("every architecture that takes an export")
 @pytest.mark.parametrize("architecture", NAMES)
 def test_what_the_page_says_is_what_is_found(architecture: str, attached: Callable[..., Any]) -> None:
     model = attached(architecture, adapter=False)

@@ -17,7 +17,7 @@ from shifcon_fast.export.vllm import export_vllm
 from shifcon_fast.modeling.architectures import locate_decoder
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("architecture", ["llama", "olmo2"])
 def test_hotwires_loader_and_its_sum_give_the_shifted_logits(
     architecture: str,
     attached: Callable[..., Any],

@@ -84,4 +84,4 @@ def test_gemma_takes_a_control_vector(
     found = export_control_vector(model, "de", tmp_path, gguf_model=tmp_path / "model.gguf")
     assert found is not None
     assert found.effect > 0.5
-    assert found.error < 1e-3 * found.effect
+    assert found.error < 0.02 * found.effect  # llama.cpp looks GELU up in a table of 16 bits
