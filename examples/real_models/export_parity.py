@@ -35,7 +35,7 @@ from shifcon_fast.export.control_vector import export_control_vector
 from shifcon_fast.export.llama_cpp import LlamaCpp, read_control_vector
 from shifcon_fast.export.merged import export_merged
 from shifcon_fast.export.peft_alone import export_peft
-from shifcon_fast.export.vectors import shift_vectors
+from shifcon_fast.export.shift_vectors import shift_vectors
 from shifcon_fast.export.vllm import export_vllm
 from shifcon_fast.modeling.architectures import locate_decoder
 

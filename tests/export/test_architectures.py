@@ -12,7 +12,7 @@ import pytest
 from shifcon_fast.export.merged import missing_biases
 from shifcon_fast.export.output_bias import biases_for
 from shifcon_fast.export.plain_copy import plain_copy
-from shifcon_fast.export.vectors import shift_vectors
+from shifcon_fast.export.shift_vectors import shift_vectors
 from shifcon_fast.modeling.architectures import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
