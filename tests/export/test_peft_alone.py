@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import shifcon_fast as sf
 from shifcon_fast.export.peft_alone import export_peft
 
 
@@ -240,3 +241,35 @@ def test_an_adapter_that_does_not_engage_is_not_kept(
     with pytest.raises(ValueError, match="does not engage where it is loaded"):
         export_peft(model, "sw", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_layer_is_found_and_told_from_those_behind_a_norm(
+    dtype: torch.dtype,
+    attached: Callable[..., Any],
+    tiny_model: Callable[..., Any],
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = attached(tiny_model("granite", dtype=dtype))
+    found = export_peft(model, "sw", tmp_path / "adapter")
+    assert found.error < 0.05 * found.effect
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, language_ids=model.shifcon.language_ids(["sw"] * 3)).logits
+    got = stock(tiny_model("granite", dtype=dtype), tmp_path / "adapter", tokens)
+    assert (got - wanted).abs().max() < 0.05 * found.effect
+    with pytest.raises(ValueError, match="gemma3_text has no layer"):
+        export_peft(attached(tiny_model("gemma3_text", dtype=dtype)), "sw", tmp_path)
+
+
+def test_a_4_bit_base_takes_the_adapter_as_it_is(
+    attached: Callable[..., Any], tiny_checkpoint: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = attached(sf.load_quantized(tiny_checkpoint, quantization="nf4", dtype=torch.float32))
+    assert type(model.get_base_model().model.layers[1].mlp.down_proj.base_layer).__name__ == "Linear4bit"
+    found = export_peft(model, "sw", tmp_path)
+    assert found.error < 1e-4 * found.effect
+    got = stock(sf.load_quantized(tiny_checkpoint, quantization="nf4", dtype=torch.float32), tmp_path, tokens)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, language_ids=model.shifcon.language_ids(["sw"] * 3)).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
