@@ -24,6 +24,7 @@ from typing import Any, TypeVar, overload
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -173,6 +174,24 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # headers that lie raise what they like in safetensors and in torch
         raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from error
+
+
+def read_metadata(path: str | Path, key: str, what: str, shape: type[T]) -> T:
+    """Read one entry of a safetensors file's metadata, JSON, and check every value of it as :func:`read_json` does.
+
+    Raises:
+        ValueError: no such file or entry, or not of this shape; the message names the file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            entry = (tensors.metadata() or {}).get(key)
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from error
+    if entry is None:
+        raise ValueError(f"{path}: its metadata lacks {key!r}; wanted {what}")
+    result: T = _parse(path, entry.encode(), what, shape)
+    return result
 
 
 def verify(path: str | Path, sha256: str, card: str) -> None:

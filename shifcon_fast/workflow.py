@@ -32,18 +32,19 @@ from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.opening import is_run, load_tokenizer, open_model
 from shifcon_fast.space import files as space_files
-from shifcon_fast.space.area import Area, dose_warning, recommend_area
+from shifcon_fast.space.area import Area, recommend_area
+from shifcon_fast.space.language_shift import dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import FILE_NAME as SWEEP_FILE
 from shifcon_fast.space.sweep_result import AreaSweep
 from shifcon_fast.storage import remove, replacing, retract, write_file, write_json
 from shifcon_fast.tables import comparison_table, result_table, space_table
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.attaching import choose_area
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import ADAPTER, FILES, read_card
-from shifcon_fast.training.setup import choose_area
+from shifcon_fast.training.run_folder import ADAPTER, FILES, PROFILE, read_card
 from shifcon_fast.training.trainer import ShifConTrainer
 
 AREA_FILE, DISTANCE_PLOT = "area.json", "distance.svg"
@@ -90,7 +91,7 @@ def profile(
         write_json(staging / AREA_FILE, asdict(area))
         if plot is not None:
             (staging / DISTANCE_PLOT).write_bytes(plot)
-    warning = dose_warning(space, *area.span) if area.span else None
+    warning = dose_warning(space.shift(*area.span)) if area.span else None
     lines = [
         space_table(space, area),
         "",
@@ -208,7 +209,9 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
     instructions = read_instructions(run.instructions)
     _pivot_of(arguments.pivot, parallel, run.parallel)
-    space = LanguageSpace.load(run.space) if run.space else None
+    own = output / PROFILE  # where no space is given
+    start_from = run.space or (own if resume and (own / space_files.CARD).is_file() else None)
+    space = LanguageSpace.load(start_from) if start_from else None
     known = space.languages if space else tuple(parallel)
     spoken = dict.fromkeys(each.language for each in instructions)
     if unknown := [each for each in spoken if find_language(each, known) is None]:
@@ -235,6 +238,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
         quantization=run.quantization,  # type: ignore[arg-type]
         trust_remote_code=run.trust_remote_code,
     )
+    estimated = space is None
     if space is None:
         space = estimate_space(
             model,
@@ -255,6 +259,8 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     )
     if run.overwrite:
         _clear(output)  # not before: what the new run was refused for must not cost the old one
+    if estimated:
+        space.save(own)
     result = trainer.train(resume_from_checkpoint=resume)
     return (
         f"{result.global_step} steps, training loss {result.training_loss:.4f}; the run is in {output}\n"
@@ -282,6 +288,7 @@ def _clear(output: Path) -> None:
     """Delete a run, its checkpoints and its evaluation; from the first step on nothing of it can be loaded."""
     retract(output, CARD, FILES)
     retract(output, FILE_NAME, _BESIDE_EVALUATION)
+    retract(output / PROFILE, space_files.CARD, (space_files.TENSORS,))
     for checkpoint in list_checkpoints(output):
         remove(checkpoint, CARD)
 

@@ -32,10 +32,11 @@ from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import sha256_file, write_json
+from shifcon_fast.training.attaching import check_same_run
 from shifcon_fast.training.checkpoints import list_checkpoints
 from shifcon_fast.training.config import parse_config
 from shifcon_fast.training.run_folder import RunState, read_card, save_run
-from shifcon_fast.training.setup import check_same_run
+from shifcon_fast.training.shift_file import read_shift
 from shifcon_fast.training.trainer import load_vectors
 
 SEED = 20250711
@@ -82,7 +83,7 @@ def world(
     after.save(run)
     before.save(run / "against")
     write_json(run / "comparison.json", compare(after, before).to_json())
-    vectors = LanguageVectors(space, (1, 3))
+    vectors = LanguageVectors(space.shift(1, 3))
     shutil.copytree(run, run / "checkpoint-3")
     save_file(vectors.state_dict(), run / "checkpoint-3" / "language_vectors.safetensors")
     TrainerState(global_step=3, max_steps=3).save_to_json(str(run / "checkpoint-3" / "trainer_state.json"))
@@ -300,6 +301,7 @@ READERS: dict[str, tuple[str, Callable[[World, Path], object]]] = {
         lambda world, folder: PairedComparison.load(folder / "comparison.json"),
     ),
     "systems": ("systems.json", lambda world, folder: SystemComparison.load(folder / "systems.json")),
+    "shift": ("run/shift.safetensors", lambda world, folder: read_shift(folder, read_card(folder))),
     "checkpoint": ("run/checkpoint-3/shifcon.json", resume),
     "trainer state": ("run/checkpoint-3/trainer_state.json", resume),
     "vectors": ("run/checkpoint-3/language_vectors.safetensors", resume),
@@ -385,7 +387,7 @@ def test_leftovers_of_writers_are_not_acted_on(world: World, tmp_path: Path, rec
     (run / "checkpoint-9").symlink_to(around)
     before = state_of(around)
     read_card(run)
-    LanguageSpace.load(run)
+    read_shift(run, read_card(run))
     LanguageSpace.load(around / "root" / "space")
     EvaluationResult.load(run)
     read_folder(run)

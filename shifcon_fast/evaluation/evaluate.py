@@ -85,7 +85,7 @@ def evaluate(
     if parallel is None and questions is None:
         raise ValueError("parallel and questions are both None; wanted at least one to measure on")
     handle = handle if handle is not None else getattr(model, "shifcon", None)
-    pivot = pivot or (handle.space.pivot if handle is not None else "en")
+    pivot = pivot or (handle.shift.pivot if handle is not None else "en")
     wanted = None
     if languages is not None:
         pivot = find_language(pivot, languages) or pivot

@@ -29,7 +29,7 @@ from shifcon_fast.evaluation.grading import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.modeling.language_ids import unshifted
+from shifcon_fast.modeling.attachment import unshifted
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.notices import warn_once
 

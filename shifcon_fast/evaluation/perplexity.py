@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from shifcon_fast.evaluation.sentences import input_device, sentence_batches
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.modeling.language_ids import unshifted
+from shifcon_fast.modeling.attachment import unshifted
 
 
 @dataclass(frozen=True)

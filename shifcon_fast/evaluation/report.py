@@ -123,7 +123,8 @@ class _Held:
 
 
 def _read(folder: Path) -> _Held:
-    space = LanguageSpace.load(folder) if (folder / _SPACE).is_file() else None
+    profile = folder / "profile" if (folder / "profile" / _SPACE).is_file() else folder
+    space = LanguageSpace.load(profile) if (profile / _SPACE).is_file() else None
     area = read_json(folder / _AREA, "a layer area", Area) if (folder / _AREA).is_file() else None
     card: RunCard = {}
     if (folder / _CARD).is_file():

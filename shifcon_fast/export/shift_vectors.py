@@ -63,10 +63,10 @@ def shift_vectors(model: Any, language: str) -> ShiftVectors:
         ValueError: a model that is not attached or does not shift; an unknown language; the pivot.
     """
     handle = _shifting_handle(model)
-    space = handle.space
-    number = space.language_id(language)
-    code = space.languages[number]
-    if code == space.pivot:
+    shift = handle.shift
+    number = shift.language_id(language)
+    code = shift.languages[number]
+    if code == shift.pivot:
         raise ValueError(
             f"language: {code!r} is the pivot, whose text is never shifted; there is nothing to export. Use the "
             "run's adapter as it is, or --to merged --without-shift"
@@ -75,7 +75,7 @@ def shift_vectors(model: Any, language: str) -> ShiftVectors:
     tables = {index: handle.shift_table(index) for index in range(decoder.num_boundaries)}
     return ShiftVectors(
         language=code,
-        pivot=space.pivot,
+        pivot=shift.pivot,
         at={index: table[number].float().cpu() for index, table in tables.items() if table is not None},
         num_blocks=decoder.num_boundaries,
         hidden_size=decoder.hidden_size,
@@ -89,8 +89,8 @@ def shifted_languages(model: Any) -> list[str]:
     Raises:
         ValueError: a model that is not attached or does not shift.
     """
-    space = _shifting_handle(model).space
-    return [code for code in space.languages if code != space.pivot]
+    shift = _shifting_handle(model).shift
+    return [code for code in shift.languages if code != shift.pivot]
 
 
 def _shifting_handle(model: Any) -> Any:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Literal
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
+from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, checked_languages, unshifted
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
-from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.swap import (
     HANDLES,
@@ -30,43 +28,48 @@ from shifcon_fast.modeling.swap import (
     restore_class,
     swap_class,
 )
-from shifcon_fast.space.area import dose_warning
+from shifcon_fast.space.language_shift import LanguageShift, Recipe, dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 
 logger = logging.getLogger(__name__)
 
-Recipe = Literal["stable", "official"]
-
 
 def attach(
     model: nn.Module,
-    space: LanguageSpace,
-    forward: int,
-    backward: int,
-    alpha: float = 1.0,
+    space: LanguageSpace | LanguageShift,
+    forward: int | None = None,
+    backward: int | None = None,
+    alpha: float | None = None,
     *,
-    recipe: Recipe = "stable",
+    recipe: Recipe | None = None,
+    adapter: str | None = None,
     check_fingerprint: bool = True,
 ) -> ShiftHandle:
     """Make a model shift rows of other languages into the pivot's region between two boundaries.
 
     At boundary ``forward``, h ← h + α (v(pivot) - v(language)); at boundary ``backward``, the same with the sign
-    turned round (ShifCon, arXiv 2410.19453). The model's forward and ``generate`` then take
-    ``language_ids``, a (B,) integer tensor from :meth:`ShiftHandle.language_ids`; rows of the pivot and rows with
-    -1 are left alone bit for bit. Without the argument nothing is shifted, which is warned of once per model unless
-    it happens under :meth:`ShiftHandle.suspended` or alpha is 0.
+    turned round (ShifCon, arXiv 2410.19453). Which language a row is in is said, from the strongest:
+
+    * by ``language_ids``, which the model's forward and ``generate`` then take: a (B,) integer tensor from
+      :meth:`ShiftHandle.language_ids`, or (B, T), one id per token; ids of -1 are left alone;
+    * by ``with handle.use("sw"):``, for calls of this thread;
+    * by ``handle.language = "sw"``, for all calls.
+
+    Rows of the pivot are left alone bit for bit. Without any of these nothing is shifted, which is warned of once
+    per model unless it happens under :meth:`ShiftHandle.suspended` or alpha is 0.
 
     Only this instance changes, and :meth:`ShiftHandle.detach` puts everything back. Weights, ``state_dict`` and
     ``save_pretrained`` are untouched. Attach before or after PEFT wraps the model. An attached model can be copied,
     pickled, and run by several threads; it is freed with the last reference to it and to its handle.
 
     Args:
-        model: a causal LM, a PEFT model around one, or a bare decoder; the architecture must be in the table.
-        space: the language vectors, estimated on this model.
+        model: a causal LM, a PEFT model around one, or a bare decoder.
+        space: the language vectors, estimated on this model; or the shift that is made of them.
         forward, backward: boundaries f < b, each in 0 … L-1 (1 … L-1 for ``recipe="official"``).
-        alpha: length of the shift, in language vector differences; finite.
+        alpha: length of the shift, in language vector differences; finite. None is 1.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
-            f and b at f-1 and b-1, as the authors' code does.
+            f and b at f-1 and b-1, as the authors' code does. None is ``"stable"``.
+        adapter: shift only while this PEFT adapter is the active one; None shifts whatever the adapter.
         check_fingerprint: refuse a space that was estimated on another model.
 
     Returns:
@@ -76,69 +79,30 @@ def attach(
         ValueError: unknown architecture; boundaries out of order or range; an alpha that is not finite; a space of
             another hidden size, number of boundaries or model; a model that is attached already. The model is then
             as it was.
+        TypeError: a space without an area, or a shift, which has one, with another.
     """
     decoder = locate_decoder(model)
     if ATTACHMENT in decoder.module.__dict__:
-        raise ValueError("model: it is attached already; call model.shifcon.detach() first.")
-    _check_area(forward, backward, decoder.num_boundaries, recipe)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: got {alpha}, wanted a finite number.")
-    _check_space(space, decoder)
-    made_with = space.card.get("model")
-    expected = made_with.get("fingerprint") if check_fingerprint and isinstance(made_with, dict) else None
-    if expected:
-        differences = fingerprint_differences(expected, model_fingerprint(model))
-        if differences:
-            origin = expected.get("name_or_path") or "another model"
-            raise ValueError(
-                f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
-                "Estimate a space on this model (shifcon profile), or pass check_fingerprint=False in Python if "
-                "you know better."
-            )
-    if warning := dose_warning(space, forward, backward, alpha):
-        logger.warning("%s", warning)
+        raise ValueError(
+            "model: it is attached already; call model.shifcon.detach() first, or model.shifcon.add_shift(...) for "
+            "a further adapter's."
+        )
+    shift = _shift(space, decoder, forward=forward, backward=backward, alpha=alpha, recipe=recipe)
+    _check_fits(shift, model, decoder, check_fingerprint)
     outer = _outermost_model(model, decoder.module)
-    installed = _Installed(space, forward, backward, float(alpha), recipe)
+    attachment = Attachment(
+        {adapter: shift},
+        decoder.architecture.forwards_kwargs,
+        ShiftHandle,
+        adapted=None if adapter is None else _adapted_module(decoder.module, adapter),
+    )
     try:
-        _install(decoder, outer, installed)
+        _install(decoder, outer, attachment)
     except BaseException:
         _uninstall(decoder, outer)
         raise
-    handle: ShiftHandle = installed.of(outer)
+    handle: ShiftHandle = attachment.handle_of(outer)
     return handle
-
-
-@dataclass
-class _Installed:
-    """What an attached model knows of its attachment, beside what its modules hold.
-
-    It does not hold the model, and the handle only weakly: the handle holds the model.
-    """
-
-    space: LanguageSpace
-    forward: int
-    backward: int
-    alpha: float
-    recipe: Recipe
-    handle: weakref.ref[ShiftHandle] | None = None
-
-    def of(self, model: nn.Module) -> ShiftHandle:
-        """The handle of the model that holds this; the same one for as long as somebody keeps it."""
-        handle = self.handle() if self.handle is not None else None
-        if handle is None:
-            handle = ShiftHandle(model, self)
-            self.handle = weakref.ref(handle)
-        return handle
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None}  # a copy of the model gets a handle of its own
-
-    def tables(self) -> dict[int, Tensor]:
-        """block → what is added at its input."""
-        earlier = 1 if self.recipe == "official" else 0
-        toward = self.alpha * self.space.shift_vectors(self.forward)
-        back = -self.alpha * self.space.shift_vectors(self.backward)
-        return {self.forward - earlier: toward, self.backward - earlier: back}
 
 
 class ShiftHandle:
@@ -148,33 +112,42 @@ class ShiftHandle:
 
     Attributes:
         model: the Hugging Face model; the one inside, where PEFT or another wrapper was attached.
-        space: the language space whose vectors are in use.
-        forward, backward, alpha, recipe: as passed to :func:`attach`.
     """
 
-    def __init__(self, model: nn.Module, installed: _Installed) -> None:
+    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
         self.model = model
-        self._installed = installed
+        self._attachment = attachment
 
     @property
-    def space(self) -> LanguageSpace:
-        return self._installed.space
+    def shift(self) -> LanguageShift:
+        """The shift in use: the active adapter's; the first one where the active adapter has none."""
+        found = self._attachment.in_use()
+        return found[1] if found is not None else next(iter(self.shifts.values()))
+
+    @property
+    def shifts(self) -> Mapping[str | None, LanguageShift]:
+        """adapter → its shift; None → one that is used whatever the adapter."""
+        return MappingProxyType(self._attachment.shifts)
 
     @property
     def forward(self) -> int:
-        return self._installed.forward
+        """Boundary of the shift toward the pivot."""
+        return self.shift.forward
 
     @property
     def backward(self) -> int:
-        return self._installed.backward
+        """Boundary of the shift back."""
+        return self.shift.backward
 
     @property
     def alpha(self) -> float:
-        return self._installed.alpha
+        """Length of the shift, in language vector differences."""
+        return self.shift.alpha
 
     @property
     def recipe(self) -> Recipe:
-        return self._installed.recipe
+        """``"stable"`` or ``"official"``."""
+        return self.shift.recipe
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -182,7 +155,36 @@ class ShiftHandle:
 
     @property
     def _is_attached(self) -> bool:
-        return self.model.__dict__.get(HANDLES) is self._installed
+        return self.model.__dict__.get(HANDLES) is self._attachment
+
+    @property
+    def language(self) -> str | Sequence[str] | None:
+        """The language of rows for which nothing else says one, in calls of every thread; None for none.
+
+        Set it to a code, to one code per row, or to None. So whatever calls the model (``pipeline``, a server, an
+        evaluation harness) needs no further argument.
+
+        Raises:
+            ValueError: when it is set to a code that no shift knows; the known ones are listed.
+        """
+        return self._attachment.languages
+
+    @language.setter
+    def language(self, languages: str | Sequence[str] | None) -> None:
+        known = list(self.shifts.values())
+        self._attachment.languages = None if languages is None else checked_languages(languages, known)
+
+    @contextmanager
+    def use(self, languages: str | Sequence[str]) -> Iterator[None]:
+        """Rows without ids are in this language inside, or one language a row; for the calls of this thread.
+
+        A thread that is started inside (to stream what ``generate`` says) is not: there, say it again.
+
+        Raises:
+            ValueError: a code that no shift knows; the known ones are listed.
+        """
+        with self._attachment.use(checked_languages(languages, list(self.shifts.values()))):
+            yield
 
     def language_ids(
         self, languages: str | Sequence[str], device: torch.device | str | None = None
@@ -194,56 +196,87 @@ class ShiftHandle:
             device: where to put them; the CPU by default, the model moves them.
 
         Raises:
-            ValueError: a code that the space does not know; the known ones are listed.
+            ValueError: a code that the shift in use does not know; the known ones are listed.
         """
         codes = [languages] if isinstance(languages, str) else list(languages)
-        return torch.tensor([self.space.language_id(code) for code in codes], dtype=torch.long, device=device)
+        return torch.tensor([self.shift.language_id(code) for code in codes], dtype=torch.long, device=device)
 
     def shift_table(self, block: int) -> Tensor | None:
-        """The (K, d) float32 vectors that are added at the input of a block, or None where nothing is."""
-        return self._decoder.blocks[block]._buffers.get(SHIFT_TABLE)
+        """(K, d) float32, what the shift in use adds at the input of a block; None where it adds nothing."""
+        first, shift = self._attachment.in_use() or (0, self.shift)
+        table = self._decoder.blocks[block]._buffers.get(SHIFT_TABLE)
+        if table is None or block not in shift.blocks:
+            return None
+        return table[first : first + len(shift.languages)]
 
-    def set_space(self, space: LanguageSpace) -> None:
-        """Use the vectors of another space of the same model, from the next forward on.
+    def set_shift(self, shift: LanguageShift) -> None:
+        """Use other vectors or another alpha in place of those of the shift in use, from the next forward on.
 
         Not between a forward and its backward: under gradient checkpointing, recomputation would use the new ones.
 
         Raises:
-            ValueError: other languages (or another order of them), pivot, hidden size or number of boundaries.
+            ValueError: another area, recipe, pivot, hidden size, other languages (or another order of them).
         """
-        _check_space(space, self._decoder)
-        if space.languages != self.space.languages or space.pivot != self.space.pivot:
-            raise ValueError(
-                f"space: got languages {space.languages} with pivot {space.pivot}, wanted {self.space.languages} "
-                f"with pivot {self.space.pivot}; detach and attach to change them."
-            )
-        if not self._is_attached:
-            raise ValueError("handle: it was detached; attach again.")
-        changed = replace(self._installed, space=space)
-        for block, vectors in changed.tables().items():
+        before = self.shift
+        for name in ("languages", "pivot", "forward", "backward", "recipe", "num_boundaries", "hidden_size"):
+            if getattr(shift, name) != getattr(before, name):
+                raise ValueError(
+                    f"shift: got {name} {getattr(shift, name)}, wanted {getattr(before, name)}; detach and attach "
+                    "to change it."
+                )
+        self._require_attached()
+        for block, vectors in shift.tables().items():
             table = self.shift_table(block)
             assert table is not None
             with torch.no_grad():
                 table.copy_(vectors)
-        self._installed.space = space
+        adapter = next(adapter for adapter, each in self.shifts.items() if each is before)
+        self._attachment.shifts[adapter] = shift
+
+    def add_shift(self, shift: LanguageShift, adapter: str, *, check_fingerprint: bool = True) -> None:
+        """Attach the shift of a further PEFT adapter; ``set_adapter`` then chooses between adapters with theirs.
+
+        Raises:
+            ValueError: no such adapter, one that has a shift, or a shift of another model; a shift that is used
+                whatever the adapter.
+        """
+        self._require_attached()
+        if None in self.shifts or adapter in self.shifts:
+            whose = "one whatever the adapter" if None in self.shifts else f"that of {adapter!r}"
+            raise ValueError(f"adapter: the model is attached with {whose} already; detach it first.")
+        _check_fits(shift, self.model, self._decoder, check_fingerprint)
+        adapted = _adapted_module(self._decoder.module, adapter)
+        self._attachment.shifts[adapter] = shift
+        self._attachment.adapted = adapted
+        _put_tables(self._decoder, self._attachment)
+
+    def _require_attached(self) -> None:
+        if not self._is_attached:
+            raise ValueError("handle: it was detached; attach again.")
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """No row is shifted inside, whatever ``language_ids`` says; the norms still go through the operators.
+        """No row is shifted inside, whatever says a language; the norms still go through the operators.
 
-        Holds for the calls of this thread. A call without ``language_ids`` inside is not warned of.
+        Holds for the calls of this thread, none of which is warned of.
         """
         with unshifted(self.model):
             yield
 
     @property
     def engagements(self) -> dict[int, dict[str, int]]:
-        """block → norm site → runs through ``ops.add_shift_rms_norm``. Compiled code is not counted."""
+        """block → what → how often; compiled code is not counted.
+
+        What is a norm site, for runs through ``ops.add_shift_rms_norm``, or, of blocks with a table, ``"shift"``,
+        for runs in which it was added.
+        """
         architecture, blocks = self._decoder.architecture, self._decoder.blocks
-        return {
-            index: {site: counts.engaged[site] for site in architecture.norm_sites(block)}
-            for index, (block, counts) in enumerate(zip(blocks, self._norm_counts(), strict=True))
-        }
+        found: dict[int, dict[str, int]] = {}
+        for index, (block, counts) in enumerate(zip(blocks, self._norm_counts(), strict=True)):
+            sites = architecture.norm_sites(block)
+            what = (*sites, "shift") if SHIFT_TABLE in block._buffers else sites
+            found[index] = {each: counts.engaged[each] for each in what}
+        return found
 
     @property
     def bypassed(self) -> dict[int, dict[str, str]]:
@@ -285,33 +318,81 @@ class ShiftHandle:
         self.detach()
 
     def __repr__(self) -> str:
-        area = f"forward={self.forward}, backward={self.backward}, alpha={self.alpha}, recipe={self.recipe!r}"
-        return f"ShiftHandle({area}, languages={list(self.space.languages)}, pivot={self.space.pivot!r})"
+        return f"ShiftHandle({', '.join(f'{adapter}: {shift}' for adapter, shift in self.shifts.items())})"
 
     def _norm_counts(self) -> list[NormCounts]:
         return [block.__dict__.get(NORM_COUNTS) or NormCounts() for block in self._decoder.blocks]
 
 
-def _install(decoder: Decoder, outer: nn.Module, installed: _Installed) -> None:
-    space, tables = installed.space, installed.tables()
-    attachment = Attachment(
-        num_languages=len(space.languages),
-        pivot_id=space.language_id(space.pivot),
-        forwards_kwargs=decoder.architecture.forwards_kwargs,
-        shifts=installed.alpha != 0,
-    )
-    for index, block in enumerate(decoder.blocks):
-        if index in tables:
-            block.register_buffer(SHIFT_TABLE, tables[index].to(_device_of(block)), persistent=False)
+def _shift(
+    space: LanguageSpace | LanguageShift,
+    decoder: Decoder,
+    *,
+    forward: int | None,
+    backward: int | None,
+    alpha: float | None,
+    recipe: Recipe | None,
+) -> LanguageShift:
+    if isinstance(space, LanguageShift):
+        if (forward, backward, alpha, recipe) != (None, None, None, None):
+            raise TypeError(
+                "forward, backward, alpha, recipe: got one with a LanguageShift, which has them; "
+                "dataclasses.replace(shift, alpha=...) changes them"
+            )
+        return space
+    if forward is None or backward is None:
+        raise TypeError(
+            f"forward, backward: got {forward} and {backward}; wanted two boundaries, for instance those of "
+            "recommend_area(space)"
+        )
+    _check_size(space, decoder)
+    return space.shift(forward, backward, 1.0 if alpha is None else float(alpha), recipe or "stable")
+
+
+def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_fingerprint: bool) -> None:
+    _check_size(shift, decoder)
+    made_with = shift.provenance.get("model")
+    expected = made_with.get("fingerprint") if check_fingerprint and isinstance(made_with, dict) else None
+    differences = fingerprint_differences(expected, model_fingerprint(model)) if expected else []
+    if expected and differences:
+        origin = expected.get("name_or_path") or "another model"
+        raise ValueError(
+            f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
+            "Estimate a space on this model (shifcon profile), or pass check_fingerprint=False in Python if "
+            "you know better."
+        )
+    if warning := dose_warning(shift):
+        logger.warning("%s", warning)
+
+
+def _install(decoder: Decoder, outer: nn.Module, attachment: Attachment) -> None:
+    for block in decoder.blocks:
         block.__dict__[NORM_COUNTS] = NormCounts()
         block.__dict__[ATTACHMENT] = attachment
         _swap(block, block_class)
+    _put_tables(decoder, attachment)
     decoder.module.__dict__[ATTACHMENT] = attachment
     _swap(decoder.module, decoder_class)
     if outer is not decoder.module:
         outer.__dict__[ATTACHMENT] = attachment
         _swap(outer, outer_class)
-    outer.__dict__[HANDLES] = installed
+    outer.__dict__[HANDLES] = attachment
+
+
+def _put_tables(decoder: Decoder, attachment: Attachment) -> None:
+    for index, table in attachment.tables().items():
+        block = decoder.blocks[index]
+        block.register_buffer(SHIFT_TABLE, table.to(_device_of(block)), persistent=False)
+
+
+def _adapted_module(decoder: nn.Module, adapter: str) -> nn.Module:
+    """A module of an adapter, which knows whether it is active; it goes on saying so once adapters are merged."""
+    layers = [layer for layer in decoder.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
+            return layer
+    known = sorted({name for layer in layers for name in layer.active_adapters})
+    raise ValueError(f"adapter: got {adapter!r}; the model has no such PEFT adapter (active: {known})")
 
 
 def _swap(module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
@@ -334,26 +415,7 @@ def _swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
     return [*decoder.blocks, decoder.module, *([] if outer is decoder.module else [outer])]
 
 
-def _check_area(forward: int, backward: int, boundaries: int, recipe: str) -> None:
-    if recipe not in ("stable", "official"):
-        raise ValueError(f"recipe: got {recipe!r}, wanted 'stable' or 'official'.")
-    lowest = 1 if recipe == "official" else 0
-    for name, value in (("forward", forward), ("backward", backward)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, wanted the number of a boundary (an int).")
-        if not lowest <= value < boundaries:
-            raise ValueError(
-                f"{name}: got boundary {value}, wanted {lowest} … {boundaries - 1} "
-                f"(the model has {boundaries} blocks)."
-            )
-    if forward >= backward:
-        raise ValueError(
-            f"forward, backward: got {forward} and {backward}, wanted forward < backward; the shift toward the "
-            "pivot comes before the shift back."
-        )
-
-
-def _check_space(space: LanguageSpace, decoder: Decoder) -> None:
+def _check_size(space: LanguageSpace | LanguageShift, decoder: Decoder) -> None:
     if space.hidden_size != decoder.hidden_size:
         raise ValueError(
             f"space: got vectors of size {space.hidden_size}, wanted the model's hidden size "

@@ -20,11 +20,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
 from shifcon_fast.modeling.branches import Arguments, Norm
-from shifcon_fast.modeling.norms import Shift, add_norm, add_shift
+from shifcon_fast.modeling.norms import NORM_COUNTS, Shift, add_norm, add_shift
 
 SHIFT_TABLE = "_shifcon_shift"
 """Name of the non-persistent buffer, (K, d) float32, on a block whose boundary is shifted."""
@@ -67,6 +68,8 @@ def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | No
             f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, which "
             f"language_ids of shape {tuple(language_ids.shape)} do not fit: wanted (batch, tokens, hidden size)."
         )
+    if not torch.compiler.is_compiling():
+        block.__dict__[NORM_COUNTS].engaged["shift"] += 1
     return Shift(table.to(hidden_states.device), language_ids.to(hidden_states.device))
 
 

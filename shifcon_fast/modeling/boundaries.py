@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
+from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.content import ordinary_tokens
-from shifcon_fast.modeling.language_ids import ATTACHMENT, Attachment, unshifted
 
 
 def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
@@ -57,6 +57,10 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     if language_ids is not None:
         if attachment is None:
             raise ValueError("language_ids: the model is not attached; call attach(model, space, ...) first.")
+        if language_ids.dim() != 1:
+            raise ValueError(
+                f"language_ids: got shape {tuple(language_ids.shape)}, wanted one id per sentence, (batch,)."
+            )
         ids = attachment.prepare(language_ids, input_ids)
 
     pooled: dict[int, Tensor] = {}
@@ -75,7 +79,7 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
         with unshifted(decoder.module):
             _run_prefix(decoder, input_ids, attention_mask, wanted, pool)
     else:
-        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, language_ids=ids)
+        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, language_ids=language_ids)
     device = pooled[max(wanted)].device
     return torch.stack([pooled[boundary].to(device) for boundary in wanted])
 

@@ -20,13 +20,13 @@ from shifcon_fast import ops
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.architectures import locate_decoder
-from shifcon_fast.modeling.attach import Recipe
 from shifcon_fast.modeling.boundaries import visit_boundaries
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.space.accumulator import SpaceAccumulator
+from shifcon_fast.space.language_shift import Recipe
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.version import __version__
 

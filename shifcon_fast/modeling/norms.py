@@ -29,7 +29,7 @@ class Shift:
 
 @dataclass
 class NormCounts:
-    """How often each norm site of one block ran through the operator, and why one did not.
+    """How often each norm site of one block ran through the operator, and why one did not; how often it shifted.
 
     Nothing is counted while ``torch.compile`` traces: a counter there would be a guard, and recompile every step.
     """

@@ -16,27 +16,20 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, architecture_of_class, shift_alone
+from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment
 from shifcon_fast.modeling.blocks import SHIFT_TABLE, block_forward
-from shifcon_fast.modeling.language_ids import ATTACHMENT
 
 Modules = type[nn.Module]
 
 HANDLES = "_shifcon_handles"
-"""Name of the attribute, on the model whose ``shifcon`` users ask for, that makes its :class:`Handles`."""
+"""Name of the attribute, on the model whose ``shifcon`` users ask for, that is its :class:`.Attachment`."""
 _ORIGINAL = "_shifcon_original"
-
-
-class Handles(Protocol):
-    """Gives an attached model its handle."""
-
-    def of(self, model: nn.Module) -> Any:
-        """The handle of the model that holds this."""
 
 
 def original_class(module: nn.Module) -> Modules | None:
@@ -182,10 +175,10 @@ def outer_class(original: Any) -> Modules:
 
 def _handle(self: nn.Module) -> Any:
     """The handle of an attached model; ``AttributeError`` for the parts of one."""
-    handles: Handles | None = self.__dict__.get(HANDLES)
-    if handles is None:
+    attachment: Attachment | None = self.__dict__.get(HANDLES)
+    if attachment is None:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute 'shifcon'")
-    return handles.of(self)
+    return attachment.handle_of(self)
 
 
 def _subclass(original: Modules, attributes: dict[str, Any], maker: Callable[[Any], Modules]) -> Modules:

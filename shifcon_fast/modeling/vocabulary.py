@@ -45,3 +45,9 @@ def check_token_ids(ids: Sequence[int], tokenizer: Any, rows: int, where: str) -
 def gives_unknown_ids(tokenizer: Any, rows: int) -> bool:
     """Whether some text could get an id that the embedding has no row for."""
     return max(tokenizer.get_vocab().values(), default=0) >= rows
+
+
+def within_context(length: int | None, model: Any) -> int:
+    """A number of tokens, or the model's context if that is shorter (or nothing is said)."""
+    limits = [limit for limit in (length, getattr(model.config, "max_position_embeddings", None)) if limit]
+    return min(limits)

@@ -3,7 +3,7 @@
 * ``frozen``: those of the space that training started with.
 * ``ema``: v(l) ← decay · v(l) + (1 - decay) · m(l) after every optimizer step, m(l) the mean of the step's
   contrastive sentences of language l, over all processes; a language without any keeps its vector.
-* ``refresh``: replaced every N steps by a fresh estimate (the trainer makes it and calls :meth:`set_means`).
+* ``refresh``: replaced every N steps by a fresh estimate (the trainer makes it and calls :meth:`start_again`).
 * ``running``: the authors' way: the mean, over all steps so far, of the steps' means.
 
 Only the two boundaries where shifts happen, f and b, are tracked. Sentences are represented by an unshifted pass.
@@ -12,13 +12,14 @@ Only the two boundaries where shifts happen, f and b, are tracked. Sentences are
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from shifcon_fast.objective.recipe import VectorMode
-from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.language_shift import LanguageShift
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes."""
@@ -28,8 +29,7 @@ class LanguageVectors:
     """The vectors of K languages at boundaries f and b, as training goes on.
 
     Args:
-        space: gives the first vectors and everything that does not change.
-        boundaries: (f, b).
+        shift: gives the first vectors and everything that does not change.
         mode: see the module.
         decay: of ``ema``, in [0, 1).
         unit: make representations unit length first, as the official recipe does.
@@ -42,8 +42,7 @@ class LanguageVectors:
 
     def __init__(
         self,
-        space: LanguageSpace,
-        boundaries: tuple[int, int],
+        shift: LanguageShift,
         mode: VectorMode = "frozen",
         *,
         decay: float = 0.99,
@@ -56,17 +55,16 @@ class LanguageVectors:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: got {decay}; wanted 0 <= decay < 1")
         self.mode = mode
-        self._space = space
-        self._boundaries = list(boundaries)
+        self._shift = shift
         self._decay = decay
         self._unit = unit
         self._running_sums = running_sums
-        start = space.mean[self._boundaries]
+        start = shift.vectors
         self._vectors = start.to(dtype if mode == "running" else torch.float64)
-        self._updates = torch.zeros(len(space.languages), dtype=torch.long)  # batches in a running vector
-        self._final: LanguageSpace | None = None
+        self._updates = torch.zeros(len(shift.languages), dtype=torch.long)  # batches in a running vector
+        self._final: LanguageShift | None = None
         self._sums = torch.zeros(start.shape, dtype=torch.float64)  # of the step at hand
-        self._counts = torch.zeros(len(space.languages), dtype=torch.float64)
+        self._counts = torch.zeros(len(shift.languages), dtype=torch.float64)
 
     @property
     def follows_batches(self) -> bool:
@@ -110,34 +108,32 @@ class LanguageVectors:
         self._counts.zero_()
         return bool(seen.any())
 
-    def set_means(self, mean: Tensor) -> None:
-        """Replace the vectors at f and b by those of a (L, K, d) table, as a fresh estimate gives it."""
-        self._vectors = mean[self._boundaries].to(self._vectors.dtype)
+    def start_again(self, shift: LanguageShift) -> None:
+        """Go on from a fresh estimate's vectors."""
+        self._vectors = shift.vectors.to(self._vectors.dtype)
         self._updates.zero_()
         self._final = None
 
-    def finish(self, space: LanguageSpace) -> None:
+    def finish(self, shift: LanguageShift) -> None:
         """Evaluate and serve with an estimate on the trained model, until training goes on.
 
         The vectors of training, which :meth:`state_dict` saves, stay as they are.
         """
-        self._final = space
+        self._final = shift
 
     @property
     def finished(self) -> bool:
         """Whether :meth:`finish` was called and the vectors have not changed since."""
         return self._final is not None
 
-    def space(self, *, training: bool) -> LanguageSpace:
-        """The space to train with (undivided sums, if asked for) or, else, the one to evaluate and serve with."""
+    def shift(self, *, training: bool) -> LanguageShift:
+        """The shift to train with (undivided sums, if asked for) or, else, the one to evaluate and serve with."""
         if self._final is not None and not training:
             return self._final
         vectors = self._vectors.double()
         if self.mode == "running" and not (training and self._running_sums):
             vectors = vectors / self._updates.clamp(min=1)[:, None]
-        mean = self._space.mean.clone()
-        mean[self._boundaries] = vectors.float()
-        return self._space.replace_means(mean)
+        return replace(self._shift, vectors=vectors.float())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`load_state_dict` needs to go on between two optimizer steps."""

@@ -132,25 +132,6 @@ def propose_area(
     return replace(area, reason=_explain(area, best, tolerance, others))
 
 
-def dose_warning(space: LanguageSpace, forward: int, backward: int, alpha: float = 1.0) -> str | None:
-    """One sentence where the dose of a shift at f or b is above 1 for a language; None where it is not."""
-    doses = [
-        (space.dose(boundary, language, alpha), language, boundary)
-        for boundary in (forward, backward)
-        for language in space.languages
-    ]
-    high = [each for each in doses if each[0] > 1]
-    if not high:
-        return None
-    dose, language, boundary = max(high)
-    affected = list(dict.fromkeys(each[1] for each in high))
-    return (
-        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {alpha:g}; {language} at "
-        f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower "
-        "alpha, or take another area."
-    )
-
-
 def _check_belongs(sweep: AreaSweep, space: LanguageSpace) -> None:
     if not sweep.is_of(space.vectors_sha256):
         raise ValueError(

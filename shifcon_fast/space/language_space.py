@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shifcon_fast.data.languages import find_language, nearest
+from shifcon_fast.data.languages import position_of
 from shifcon_fast.space import files, sweep_result
+from shifcon_fast.space.language_shift import LanguageShift, Recipe, check_area
 from shifcon_fast.space.subspace import Subspace, subspace_distance
 from shifcon_fast.space.sweep_result import AreaSweep
+
+_ORIGIN = ("model", "tokenizer", "versions", "recipe", "max_length")  # of a space's card, and of its shifts
 
 
 @dataclass(eq=False)
@@ -124,14 +127,39 @@ class LanguageSpace:
         Raises:
             ValueError: a language that is not one of the space's; the known codes are listed.
         """
-        found = find_language(language, self.languages)
-        if found is None:
-            near = nearest(language, self.languages)
-            advice = f"; if {near[0]!r} is meant, write that" if near else ""
-            raise ValueError(
-                f"language: got {language!r}; this language space knows {', '.join(self.languages)}{advice}"
-            )
-        return self.languages.index(found)
+        return position_of(language, self.languages)
+
+    def shift(
+        self, forward: int, backward: int, alpha: float = 1.0, recipe: Recipe = "stable"
+    ) -> LanguageShift:
+        """What an area's shift needs of this space: the language vectors at ``forward`` and ``backward``.
+
+        Args:
+            forward, backward: boundaries f < b, each in 0 … L−1 (1 … L−1 for ``recipe="official"``).
+            alpha, recipe: see :class:`LanguageShift`.
+
+        Raises:
+            ValueError: boundaries out of order or range, or not estimated; an alpha that is not finite.
+        """
+        check_area(forward, backward, self.num_boundaries, recipe)
+        for boundary in (forward, backward):
+            self._estimated(boundary)
+        return LanguageShift(
+            self.languages,
+            self.pivot,
+            forward,
+            backward,
+            self.mean[[forward, backward]],
+            self.median_norm[[forward, backward]],
+            self.num_boundaries,
+            alpha,
+            recipe,
+            provenance={
+                **{name: self.card[name] for name in _ORIGIN if name in self.card},
+                "sentences": self.counts,
+                "vectors_sha256": self.vectors_sha256,
+            },
+        )
 
     def shift_vectors(self, boundary: int) -> Tensor:
         """(K, d) float32: v(pivot) − v(l) at a boundary, the shift toward; exactly 0 for the pivot."""

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from shifcon_fast.data.errors import DataError
+from shifcon_fast.modeling import vocabulary
+from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.content import content_mask
-from shifcon_fast.modeling.vocabulary import check_token_ids, gives_unknown_ids, padding_id
+from shifcon_fast.modeling.vocabulary import check_token_ids, gives_unknown_ids, padding_id, within_context
 from shifcon_fast.objective.mcl import ContrastiveBatch
+from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.instruction_data import pad_right
 
 logger = logging.getLogger(__name__)
@@ -147,3 +150,35 @@ class ContrastiveSampler:
         texts = [self._parallel[language][row] for row, language in sentences]
         encoded = self._tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         return [list(ids) for ids in encoded]
+
+
+def make_sampler(
+    args: ShifConArguments,
+    handle: ShiftHandle | None,
+    parallel: Mapping[str, Sequence[str]] | None,
+    tokenizer: Any,
+) -> ContrastiveSampler | None:
+    """Contrastive batches; None where neither the loss nor the vectors need any.
+
+    Raises:
+        ValueError: they are needed and there is no parallel text.
+    """
+    follows = args.vectors in ("ema", "running") and (args.shift or args.w_mcl)
+    if handle is None or not (args.w_mcl or follows):
+        return None
+    if parallel is None:
+        reason = f"w_mcl is {args.w_mcl}" if args.w_mcl else f"vectors={args.vectors!r} follows its sentences"
+        raise ValueError(f"parallel: none given; wanted translations, for {reason}")
+    return ContrastiveSampler(
+        parallel,
+        handle.shift.pivot,
+        tokenizer,
+        handle.shift.language_id,
+        batch_size=int(args.contrastive_batch_size or 0),
+        mixed_languages=bool(args.mixed_languages),
+        max_length_pivot=within_context(args.max_length_pivot, handle.model),
+        max_length_other=within_context(args.max_length_other, handle.model),
+        pool_all_tokens=args.recipe == "official",
+        seed=args.seed,
+        embedding_rows=vocabulary.embedding_rows(handle.model),
+    )

@@ -1,23 +1,23 @@
-"""A run folder: PEFT adapter, language space, area, tokenizer and losses in one place (docs/formats.md)."""
+"""A run folder: PEFT adapter, shift, tokenizer and losses in one place (docs/formats.md)."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import peft
 import torch
 import transformers
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.vocabulary import embedding_rows
-from shifcon_fast.space import files as space_files
-from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import read_json, replacing, sha256_file, verify, write_json
 from shifcon_fast.training.adapter_files import (
     active_adapter,
@@ -29,14 +29,16 @@ from shifcon_fast.training.adapter_files import (
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.generation import GENERATION, save_generation_config, stop_at
 from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.training.shift_file import SHIFT, read_shift, write_shift
 from shifcon_fast.version import __version__
 
 LOG = "training_log.json"
+PROFILE = "profile"  # folder of the language space, where the run has estimated it itself
 FORMAT = "shifcon_fast.run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What belongs to the card and goes with it when a run is replaced or started over.
-FILES = (*ADAPTER, GENERATION, space_files.CARD, space_files.TENSORS, LOG)
+FILES = (*ADAPTER, GENERATION, SHIFT, LOG)
 _LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")  # and every loss_...
 
 
@@ -47,12 +49,22 @@ class Boundaries(TypedDict):
     backward: int
 
 
+@with_config(ConfigDict(extra="allow"))
+class BaseFingerprint(TypedDict):
+    """What is used of the base model's fingerprint; its other entries are only compared."""
+
+    num_blocks: int
+    embedding: list[float] | None
+    name_or_path: str
+
+
 class RunCard(TypedDict):
     """``shifcon.json``."""
 
     format: str
     format_version: int
     base_model: str
+    fingerprint: BaseFingerprint
     quantization: Literal["nf4", "none"]
     adapter: str
     embedding_rows: Annotated[int, Field(gt=0)]
@@ -74,21 +86,21 @@ class RunState:
     """What a run folder is made of, besides the model.
 
     Attributes:
-        handle: the attachment, which holds the language space and the area; None for a plain run without a space.
-        shift: whether the model was trained to generate shifted.
+        handle: the attachment, whose shift in use is saved; None for a plain run without one.
+        shifted: whether the model was trained to generate shifted.
         tokenizer: saved beside the adapter; None saves none.
         settings: the method's arguments, for the record.
         log: ``trainer.state.log_history``.
-        space: saved instead of the handle's, where they differ.
+        shift: saved instead of the handle's, where they differ.
         end_of_turn: the token ids that end a response, as ``data.chat_template.end_of_turn`` finds them.
     """
 
     handle: ShiftHandle | None = None
-    shift: bool = True
+    shifted: bool = True
     tokenizer: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
-    space: LanguageSpace | None = None
+    shift: LanguageShift | None = None
     end_of_turn: Sequence[int] = ()
 
 
@@ -115,86 +127,115 @@ def write_run_files(folder: Path, model: Any, state: RunState) -> None:
             "returns it: a run folder holds an adapter"
         )
     save_adapter(folder, model)
-    if state.handle is not None and state.shift and state.handle.alpha:
+    shift = state.shift or (state.handle.shift if state.handle else None)
+    if shift is not None:
+        write_shift(folder, shift)
+    if shift is not None and state.shifted and shift.alpha:
         tell_peft_of_the_shift(folder, CARD)
     save_generation_config(folder, model, state.end_of_turn)
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
-    space = state.space or (state.handle.space if state.handle else None)
-    if space is not None:
-        space.save(folder)
     write_json(folder / LOG, _training_log(state.log))
-    write_json(folder / CARD, _card(folder, model, state, space))
+    write_json(folder / CARD, _card(folder, model, state, shift))
 
 
 def load(
     folder: str | Path,
     *,
+    into: Any = None,
+    adapter_name: str | None = None,
     base: str | Path | None = None,
     quantization: str | None = None,
     dtype: torch.dtype | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a run folder or one of its checkpoints: base model, adapter, language space, area; ready to generate.
+    """Load a run folder or one of its checkpoints: base model, adapter, shift; ready to generate.
+
+    ``model.shifcon`` is the handle: ``model.shifcon.language = "sw"``, ``with model.shifcon.use("sw"):`` or
+    ``language_ids=model.shifcon.language_ids(["sw", "en"])`` say which language is spoken. The shift belongs to the
+    adapter: where that is not active (``disable_adapter``, ``set_adapter``), nothing is shifted. A run that was
+    trained with ``shift=False`` is attached with alpha = 0: it takes languages and does not shift.
 
     Generation ends where the run's responses do (the card's ``end_of_turn``), and where the base model's did.
 
     Args:
         folder: what ``ShifConTrainer``, ``save_run`` or ``shifcon train`` wrote.
+        into: a model that another run on the same base was loaded into: this run becomes a further adapter of it,
+            for ``into.set_adapter`` to choose. It is as quantised and placed as it is.
+        adapter_name: what to call the adapter; None takes the name that it was trained under.
         base: the base model, if it is no longer where it was; a Hugging Face id or folder.
         quantization: "nf4" or "none"; None loads it as it was trained.
         dtype, device_map, trust_remote_code: as for :func:`load_quantized`; dtype None is the trained one.
 
     Returns:
-        A frozen ``PeftModel`` in eval mode. If the run has a language space, it is attached: ``model.shifcon`` is
-        the handle, ``model.shifcon.language_ids(["sw"])`` makes ids for ``model.generate(..., language_ids=...)``.
-        A run that was trained with ``shift=False`` is attached with alpha = 0: it takes ids and does not shift.
+        A frozen ``PeftModel`` in eval mode; ``into`` where that is given.
 
     Raises:
-        ValueError: not a run folder, files that do not belong together, a base model that is missing or wrong.
+        ValueError: not a run folder, files that do not belong together, a base model that is missing or wrong, a
+            name that an adapter of ``into`` has.
     """
     folder = Path(folder)
     card = read_card(folder)
     read_json(folder / ADAPTER[0], "the configuration of a PEFT adapter")
-    source = base or card["base_model"]
-    try:
-        model = load_quantized(
-            source,
-            quantization=quantization or card["quantization"],  # type: ignore[arg-type]
-            dtype=dtype or getattr(torch, card["dtype"]),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{folder}: its base model {str(source)!r} cannot be loaded; pass base= (--base) if it moved: {error}"
-        ) from error
+    name = adapter_name or card["adapter"]
+    if into is not None:
+        if (base, quantization, dtype, device_map) != (None, None, None, None):
+            raise ValueError(
+                "base, quantization, dtype, device_map: got one with into=, a model that is loaded"
+            )
+        if name in into.peft_config:
+            raise ValueError(f"adapter_name: {name!r} is an adapter of the model already; pass another")
+        model, source = into, into.get_base_model().name_or_path
+    else:
+        source = str(base or card["base_model"])
+        try:
+            model = load_quantized(
+                source,
+                quantization=quantization or card["quantization"],  # type: ignore[arg-type]
+                dtype=dtype or getattr(torch, card["dtype"]),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: its base model {source!r} cannot be loaded; pass base= (--base) if it moved: {error}"
+            ) from error
     fit_embedding(model, folder, card["embedding_rows"])
     try:
         with shift_is_not_lost():
-            model = peft.PeftModel.from_pretrained(
-                model, str(folder), adapter_name=card["adapter"], is_trainable=False
-            ).eval()
+            if into is not None:
+                model.load_adapter(str(folder), name, is_trainable=False)
+            else:
+                model = peft.PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, is_trainable=False
+                ).eval()
     except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
-            f"{folder}: its adapter does not fit the base model {str(source)!r} ({', '.join(ADAPTER)}): {error}"
+            f"{folder}: its adapter does not fit the base model {source!r} ({', '.join(ADAPTER)}): {error}"
         ) from error
+    if differences := fingerprint_differences(card["fingerprint"], model_fingerprint(model)):
+        if into is not None:
+            into.delete_adapter(name)
+        raise ValueError(
+            f"{folder}: its adapter was trained on {card['fingerprint']['name_or_path'] or 'another model'}, not "
+            f"on {source} ({'; '.join(differences)}); pass the base= (--base) that it was trained on"
+        )
     stop_at(model, card["end_of_turn"])
-    if card["area"] is not None:
-        space = LanguageSpace.load(folder)
+    if (shift := read_shift(folder, card)) is not None:
         try:
-            attach(
-                model,
-                space,
-                forward=card["area"]["forward"],
-                backward=card["area"]["backward"],
-                alpha=card["alpha"] if card["shift"] else 0.0,
-                recipe=card["recipe"],
-            )
+            _attach(model, shift if card["shift"] else replace(shift, alpha=0.0), name)
         except ValueError as error:
             raise ValueError(f"{folder / CARD}: cannot be attached: {error}") from error
     return model
+
+
+def _attach(model: Any, shift: LanguageShift, adapter: str) -> None:
+    handle: ShiftHandle | None = getattr(model, "shifcon", None)
+    if handle is None:
+        attach(model, shift, adapter=adapter)
+    else:
+        handle.add_shift(shift, adapter)
 
 
 def read_card(folder: str | Path) -> RunCard:
@@ -213,7 +254,7 @@ def read_card(folder: str | Path) -> RunCard:
         RunCard,
         wanted={"format": FORMAT, "format_version": FORMAT_VERSION},
     )
-    needed = {ADAPTER[1], *((space_files.TENSORS,) if card["area"] else ())}
+    needed = {ADAPTER[1], *((SHIFT,) if card["area"] else ())}
     if needed != card["files"].keys():
         raise ValueError(f"{folder / CARD}: files: got {list(card['files'])}; wanted {sorted(needed)}")
     for name, digest in card["files"].items():
@@ -228,13 +269,12 @@ def _what_it_is(folder: Path) -> str:
         return f"the training there did not finish; its last checkpoint is {checkpoints[-1]}"
     if (folder / "adapter_config.json").is_file():
         return "a PEFT adapter that was not trained here (PeftModel.from_pretrained loads it)"
-    if (folder / space_files.CARD).is_file():
+    if (folder / "language_space.json").is_file():
         return "a language space (LanguageSpace.load reads it)"
     return "not ours"
 
 
-def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None) -> RunCard:
-    handle = state.handle
+def _card(folder: Path, model: Any, state: RunState, shift: LanguageShift | None) -> RunCard:
     base = model.get_base_model()
     source = str(
         getattr(base.config, "_name_or_path", "") or model.active_peft_config.base_model_name_or_path
@@ -243,21 +283,20 @@ def _card(folder: Path, model: Any, state: RunState, space: LanguageSpace | None
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
+        "fingerprint": model_fingerprint(model),  # type: ignore[typeddict-item]
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
         "adapter": active_adapter(model),
         "embedding_rows": embedding_rows(base),
         "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),  # type: ignore[typeddict-item]
-        "area": {"forward": handle.forward, "backward": handle.backward} if handle else None,
-        "alpha": handle.alpha if handle else 1.0,
-        "recipe": handle.recipe if handle else "stable",
-        "shift": state.shift and handle is not None,
+        "area": {"forward": shift.forward, "backward": shift.backward} if shift else None,
+        "alpha": shift.alpha if shift else 1.0,
+        "recipe": shift.recipe if shift else "stable",
+        "shift": state.shifted and shift is not None,
         "end_of_turn": list(state.end_of_turn),
-        "pivot": space.pivot if space else None,
-        "languages": list(space.languages) if space else [],
+        "pivot": shift.pivot if shift else None,
+        "languages": list(shift.languages) if shift else [],
         "files": {
-            name: sha256_file(folder / name)
-            for name in (ADAPTER[1], space_files.TENSORS)
-            if (folder / name).is_file()
+            name: sha256_file(folder / name) for name in (ADAPTER[1], SHIFT) if (folder / name).is_file()
         },
         "training": dict(state.settings),
         "versions": {

@@ -19,27 +19,22 @@ from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import replacing, staging_folder
 from shifcon_fast.training.adapter_files import shift_is_not_lost, warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.attaching import attach_for_training, check_same_run
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
-from shifcon_fast.training.estimation import estimate_again
+from shifcon_fast.training.contrastive_data import make_sampler
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
+from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.setup import (
-    VECTORS,
-    attach_for_training,
-    check_same_run,
-    load_vectors,
-    make_sampler,
-    track_vectors,
-)
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +57,8 @@ class ShifConTrainer(Trainer):
             gives.
         parallel: translations: a file, a dataset or its id, a list of dicts or ``{language: [sentence, ...]}``.
             Needed for the contrastive loss, for vectors that follow training, and for ``final_estimation``.
-        space: the language space, estimated on this model. Needed unless ``shift`` is off and ``w_mcl`` is 0.
+        space: the language space, estimated on this model, or the shift of another run on it. Needed unless
+            ``shift`` is off and ``w_mcl`` is 0.
         kwargs: other arguments of ``Trainer`` (callbacks, optimizers, ...).
 
     Attributes:
@@ -84,14 +80,14 @@ class ShifConTrainer(Trainer):
         eval_dataset: Instructions | Mapping[str, Instructions] | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         parallel: Parallel | None = None,
-        space: LanguageSpace | None = None,
+        space: LanguageSpace | LanguageShift | None = None,
         **kwargs: Any,
     ) -> None:
         keep_4bit_trainable(model)
         if hasattr(model, "active_adapters"):
             warn_of_what_is_not_saved(model)
         attached_before = getattr(model, "shifcon", None)
-        space_before = None if attached_before is None else attached_before.space
+        shift_before = None if attached_before is None else attached_before.shift
         self.handle = attach_for_training(model, args, space)
         try:
             tokenizer = text_tokenizer(processing_class)
@@ -110,7 +106,7 @@ class ShifConTrainer(Trainer):
             )
         except BaseException:  # leave the model as it came
             if attached_before is not None:
-                attached_before.set_space(space_before)
+                attached_before.set_shift(shift_before)
             elif self.handle is not None:
                 self.handle.detach()
             raise
@@ -129,7 +125,7 @@ class ShifConTrainer(Trainer):
         self.add_callback(_StepEnd(self))
 
     def _set_up_method(self, model: Any, args: ShifConArguments, tokenizer: Any, parallel: Any) -> None:
-        languages = None if self.handle is None else self.handle.space.languages
+        languages = None if self.handle is None else self.handle.shift.languages
         self._parallel = None if parallel is None else read_parallel(parallel, languages=languages)
         self._sampler = make_sampler(args, self.handle, self._parallel, tokenizer)
         self._vectors = track_vectors(args, self.handle, model)
@@ -149,7 +145,7 @@ class ShifConTrainer(Trainer):
         """The shift's languages, and whether rows must be in one of them."""
         if self.handle is None:
             return (), False
-        return self.handle.space.languages, args.shift
+        return self.handle.shift.languages, args.shift
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
@@ -281,11 +277,10 @@ class ShifConTrainer(Trainer):
             return
         changed = self._vectors.step(self._sum_over_processes if self.args.world_size > 1 else None)
         if self._vectors.mode == "refresh" and self.state.global_step % self.args.refresh_every == 0:
-            area = (self.handle.forward, self.handle.backward)
-            self._vectors.set_means(self._estimate(subspaces=False, boundaries=area).mean)
+            self._vectors.start_again(self._estimate())
             changed = True
         if changed:
-            self.handle.set_space(self._vectors.space(training=True))
+            self.handle.set_shift(self._vectors.shift(training=True))
         if self.args.final_estimation and self.state.global_step >= self.state.max_steps:
             # Now, so that the last evaluation and the last checkpoint have the vectors of the finished run.
             self._estimate_finally()
@@ -293,19 +288,16 @@ class ShifConTrainer(Trainer):
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").to("cpu")
 
-    def _estimate(self, *, subspaces: bool, boundaries: Sequence[int] | None = None) -> LanguageSpace:
+    def _estimate(self) -> LanguageShift:
         assert self.handle is not None
         assert self._parallel is not None
         return estimate_again(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             self._parallel,
-            self.handle.space,
-            recipe=self.handle.recipe,
+            self.handle.shift,
             sentences=self.args.estimation_sentences,
             batch_size=self.args.estimation_batch_size,
-            subspaces=subspaces,
-            boundaries=boundaries,
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
 
@@ -313,12 +305,12 @@ class ShifConTrainer(Trainer):
         """Evaluates with the vectors that a saved model would have."""
         if self._vectors is None or self.handle is None:
             return self._evaluate_by_language(*args, **kwargs)
-        before = self.handle.space
-        self.handle.set_space(self._vectors.space(training=False))
+        before = self.handle.shift
+        self.handle.set_shift(self._vectors.shift(training=False))
         try:
             return self._evaluate_by_language(*args, **kwargs)
         finally:
-            self.handle.set_space(before)
+            self.handle.set_shift(before)
 
     def _evaluate_by_language(self, *args: Any, **kwargs: Any) -> Any:
         """``Trainer.evaluation_loop``, with ``eval_loss_{language}``, the mean over the language's tokens."""
@@ -338,9 +330,9 @@ class ShifConTrainer(Trainer):
         return super().get_test_dataloader(self._data.prepared(test_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train and write the run folder, with the language space that training, evaluation and serving share.
+        """Train and write the run folder, with the vectors that training, evaluation and serving share.
 
-        With ``final_estimation`` (the default where ``vectors`` follow the model) that space is estimated on the
+        With ``final_estimation`` (the default where ``vectors`` follow the model) they are estimated on the
         trained model, before the last evaluation and checkpoint.
 
         Args:
@@ -376,19 +368,19 @@ class ShifConTrainer(Trainer):
                 self.args.final_estimation and not self._vectors.finished
             ):  # ended early, or at an earlier best
                 self._estimate_finally()
-            self.handle.set_space(self._vectors.space(training=False))
+            self.handle.set_shift(self._vectors.shift(training=False))
         self.save_model()
 
     def _estimate_finally(self) -> None:
         assert self.handle is not None
         assert self._vectors is not None
         try:
-            space = self._estimate(subspaces=bool(self.handle.space.bases))
+            shift = self._estimate()
         except BaseException:
-            self.handle.set_space(self._vectors.space(training=False))
+            self.handle.set_shift(self._vectors.shift(training=False))
             self.save_model()  # whatever happens in the estimation, the trained model is kept
             raise
-        self._vectors.finish(space)
+        self._vectors.finish(shift)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a run folder, all or nothing; only the main process does."""
@@ -398,19 +390,19 @@ class ShifConTrainer(Trainer):
             save_run(
                 output_dir or self.args.output_dir,
                 self.accelerator.unwrap_model(self.model),
-                self._run_state(vectors.space(training=False) if vectors else None),
+                self._run_state(vectors.shift(training=False) if vectors else None),
             )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _run_state(self, space: LanguageSpace | None = None) -> RunState:
+    def _run_state(self, shift: LanguageShift | None = None) -> RunState:
         return RunState(
             handle=self.handle,
-            shift=self.args.shift,
+            shifted=self.args.shift,
             tokenizer=self.processing_class,
             settings=self.args.method_settings(),
             log=self.state.log_history,
-            space=space,
+            shift=shift,
             end_of_turn=self._end_of_turn,
         )
 
@@ -460,7 +452,7 @@ class ShifConTrainer(Trainer):
         if self._vectors is None or self.handle is None:
             return
         load_vectors(checkpoint, self._vectors)
-        self.handle.set_space(self._vectors.space(training=True))
+        self.handle.set_shift(self._vectors.shift(training=True))
 
     def _interrupted(self) -> bool:
         """Whether any process was asked to stop; all processes get the same answer at the same step."""

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 from shifcon_fast.data.languages import find_language, position_of
-from shifcon_fast.modeling.vocabulary import embedding_rows
+from shifcon_fast.modeling.vocabulary import embedding_rows, within_context
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.instruction_data import ExampleEncoder, InstructionCollator
 from shifcon_fast.training.language_column import LanguageCollator
 from shifcon_fast.training.prepared_data import is_stream, languages_of, prepare
-from shifcon_fast.training.setup import within_context
 
 
 @dataclass

@@ -14,7 +14,7 @@ from shifcon_fast.cli import app
 from shifcon_fast.space.area import propose_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.setup import choose_area
+from shifcon_fast.training.attaching import choose_area
 
 Shifcon = Callable[..., tuple[int, str]]
 

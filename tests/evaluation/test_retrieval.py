@@ -103,7 +103,7 @@ def test_the_shift_moves_what_lies_behind_it(attached, word_tokenizer, parallel_
     plain = sentence_representations(model, word_tokenizer, texts, range(4), language="sw")
     shifted = sentence_representations(model, word_tokenizer, texts, range(4), language="sw", handle=attached)
     torch.testing.assert_close(shifted[0], plain[0], rtol=0, atol=0)
-    vector = attached.space.shift_vectors(1)[attached.space.language_id("sw")]
+    vector = attached.shift.tables()[1][attached.shift.language_id("sw")]
     torch.testing.assert_close(shifted[1], plain[1] + vector)
     assert (shifted[2] - plain[2]).norm() > 0.1 * plain[2].norm()
     english = parallel_text["en"]

@@ -263,7 +263,7 @@ def test_a_sweep_of_something_else_is_refused(swept, tiny_model, space, parallel
         ({"alpha": [1.0, 0.0]}, "none of them 0"),
         ({"max_perplexity_rise": -0.1}, "max_perplexity_rise: got -0.1"),
         ({"sentences": 0}, "sentences: got 0"),
-        ({"languages": ["xx"]}, "got 'xx'; this language space knows"),
+        ({"languages": ["xx"]}, "got 'xx'; wanted one of"),
         ({"languages": ["en"]}, "got only the pivot"),
         ({"parallel": {"en": ["a", "b"], "sw": ["c", "d"]}}, "no row has 'de', 'tr'"),
         (

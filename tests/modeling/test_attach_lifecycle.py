@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from shifcon_fast.modeling import attach as attach_module
 from shifcon_fast.modeling.architectures import locate_decoder
-from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attachment import Attachment
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.fingerprint import model_fingerprint
-from shifcon_fast.modeling.language_ids import Attachment
+from shifcon_fast.space.language_shift import LanguageShift
 
 
 def _snapshot(model: nn.Module) -> list[tuple[object, ...]]:
@@ -104,7 +105,7 @@ def test_a_deep_copy_is_attached_by_itself(tiny_model, random_space, batch, batc
             twin = copy.deepcopy(model)
             assert twin.shifcon is not handle
             assert twin.shifcon.model is twin
-            handle.set_space(random_space(model, seed=7))
+            handle.set_shift(random_space(model, seed=7).shift(handle.forward, handle.backward))
             handle.reset_engagements()
             assert torch.equal(twin(**batch, language_ids=batch_ids).logits, expected)
             assert not any(count for sites in handle.engagements.values() for count in sites.values())
@@ -123,7 +124,7 @@ def test_a_pickled_model_is_attached_by_itself(architecture, tiny_model, random_
         twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - made a moment ago
         assert twin.shifcon is not model.shifcon
         assert torch.equal(twin(**batch, language_ids=batch_ids).logits, expected)
-    assert (twin.shifcon.alpha, twin.shifcon.space.languages) == (0.5, ("en", "sw", "de"))
+    assert (twin.shifcon.alpha, twin.shifcon.shift.languages) == (0.5, ("en", "sw", "de"))
     twin.shifcon.detach()
     assert [type(m) for m in twin.modules()] == [type(m) for m in tiny_model(architecture).modules()]
 
@@ -177,7 +178,7 @@ def test_a_handle_of_an_earlier_attachment_changes_nothing(tiny_model, random_sp
     with torch.no_grad():
         expected = model(**batch, language_ids=batch_ids).logits
         with pytest.raises(ValueError, match="handle: it was detached"):
-            old.set_space(random_space(model, seed=1))
+            old.set_shift(random_space(model, seed=1).shift(old.forward, old.backward))
         old.detach()
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, expected)
 
@@ -214,25 +215,29 @@ def test_shift_tables_are_the_formula_and_stay_float32(tiny_model, random_space)
     assert handle.shift_table(1).device.type == "meta", "tables move with the model"
 
 
-def test_set_space_changes_the_vectors_in_place(tiny_model, random_space, batch, batch_ids):
+def test_set_shift_changes_the_vectors_in_place(tiny_model, random_space, batch, batch_ids):
     model = tiny_model("llama")
-    first, second = random_space(model), random_space(model, seed=1)
-    with attach(model, second, forward=1, backward=3, alpha=0.3), torch.no_grad():
+    first, second = (random_space(model, seed=seed).shift(1, 3, 0.3) for seed in (0, 1))
+    with attach(model, second), torch.no_grad():
         expected = model(**batch, language_ids=batch_ids).logits
-    handle = attach(model, first, forward=1, backward=3, alpha=0.3)
+    handle = attach(model, first)
     table = handle.shift_table(1)
-    handle.set_space(second)
-    assert handle.space is second
-    assert handle.shift_table(1) is table
+    handle.set_shift(second)
+    assert handle.shift is second
+    assert handle.shift_table(1).data_ptr() == table.data_ptr()
     with torch.no_grad():
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, expected)
-    with pytest.raises(ValueError, match=r"space: got languages \('en', 'tr', 'de'\)"):
-        handle.set_space(random_space(model, languages=("en", "tr", "de")))
-    with pytest.raises(ValueError, match=r"pivot en"):
-        handle.set_space(replace(second, pivot="en"))
+    with pytest.raises(ValueError, match=r"shift: got languages \('en', 'tr', 'de'\), wanted"):
+        handle.set_shift(random_space(model, languages=("en", "tr", "de")).shift(1, 3))
+    with pytest.raises(ValueError, match=r"shift: got pivot en, wanted de"):
+        handle.set_shift(replace(second, pivot="en"))
+    with pytest.raises(ValueError, match=r"shift: got forward 2, wanted 1"):
+        handle.set_shift(replace(second, forward=2))
+    handle.set_shift(replace(second, alpha=0.6))
+    torch.testing.assert_close(handle.shift_table(1), 2 * second.tables()[1])
     handle.detach()
     with pytest.raises(ValueError, match=r"handle: it was detached"):
-        handle.set_space(first)
+        handle.set_shift(first)
 
 
 def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_space, batch, batch_ids):
@@ -247,7 +252,7 @@ def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_spa
             with handle.suspended():
                 pass
             assert torch.equal(model(**batch, language_ids=batch_ids).logits, plain)
-        assert handle.engagements[3] == {"input_layernorm": 2, "post_attention_layernorm": 2}
+        assert handle.engagements[3] == {"input_layernorm": 2, "post_attention_layernorm": 2, "shift": 0}
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, shifted)
 
 
@@ -263,7 +268,7 @@ def test_a_call_without_ids_is_warned_of_once(architecture, tiny_model, random_s
         with model.shifcon.suspended():  # said to be meant
             model(**batch)
         boundary_representations(model, batch["input_ids"], None, batch["attention_mask"], [0, 2])
-    with pytest.warns(UserWarning, match="without language_ids: it runs unshifted"):
+    with pytest.warns(UserWarning, match="without a language: it runs unshifted"):
         model.generate(**batch, **greedy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -431,7 +436,8 @@ def test_language_ids_of_codes(tiny_model, random_space):
 
 def test_the_pivot_counts_as_left_alone():
     """Not by adding its zero vector, which would turn -0.0 into 0.0 and cost a pass over the row."""
-    attachment = Attachment(num_languages=3, pivot_id=2, forwards_kwargs=True)
+    shift = LanguageShift(("en", "sw", "de"), "de", 1, 3, torch.zeros(2, 3, 5), torch.ones(2, 3), 4)
+    attachment = Attachment({None: shift}, forwards_kwargs=True, make_handle=ShiftHandle)
     ids = torch.tensor([0, 2, -1, 1])
     assert attachment.prepare(ids, torch.zeros(4, 5)).tolist() == [0, -1, -1, 1]
     assert ids.tolist() == [0, 2, -1, 1], "the caller's ids are not changed"

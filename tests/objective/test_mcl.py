@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_from_representations, mcl_loss
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
 
 FORWARD, BACKWARD, LAYERS = 2, 4, 6
@@ -74,18 +75,17 @@ def test_formula_and_gradients(mode: Any, temperature: float) -> None:
 
 
 def naive_representations(
-    model: PreTrainedModel, space: LanguageSpace, batch: ContrastiveBatch, shifted: bool
+    model: PreTrainedModel, language_shift: LanguageShift, batch: ContrastiveBatch, shifted: bool
 ) -> Tensor:
     """(boundaries, rows, d) in the model's precision: one sentence at a time, through the blocks themselves."""
     decoder = model.base_model.model.model if hasattr(model, "base_model") else model.model
     rows = []
     for ids, attention, pool, language in zip(*batch.values(), strict=True):
         kept = attention.bool()
-        shift = torch.zeros(space.hidden_size, dtype=torch.float64)
+        shift = torch.zeros(language_shift.hidden_size, dtype=torch.float64)
         if shifted:
-            shift = (space.mean[FORWARD, 0].double() - space.mean[FORWARD, language].double()) * float(
-                language != 0
-            )
+            at_f = language_shift.vectors[0].double()
+            shift = (at_f[0] - at_f[language]) * float(language != 0)
         h = decoder.embed_tokens(ids[kept][None])
         position = torch.arange(int(kept.sum()))[None]
         rotary = decoder.rotary_emb(h, position)
@@ -112,7 +112,7 @@ def test_whole_loss_against_a_float64_walk_through_the_blocks(
     model.zero_grad()
     model.double()
     model.base_model.model.config._attn_implementation = "sdpa"
-    representations = naive_representations(model, handle.space, batch, mode == "shifted")
+    representations = naive_representations(model, handle.shift, batch, mode == "shifted")
     expected = naive_loss(representations[:, :3], representations[:, 3:], 0.1, mode == "pooled")
     expected.backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from shifcon_fast.space.area import dose_warning, recommend_area
+from shifcon_fast.space.area import recommend_area
+from shifcon_fast.space.language_shift import dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 
 NAN = float("nan")
@@ -158,14 +159,14 @@ def test_a_dose_above_one_is_said_for_the_language_and_boundary_where_it_is_high
     space = space_with([2.0, 1.0, 1.0, 2.0], [2.0, 1.0, 1.0, 2.0])
     space.mean[1, 1] = torch.tensor([0.6, 0.0, 0.0, 0.0])
     space.mean[2, 1] = torch.tensor([1.5, 0.0, 0.0, 0.0])
-    assert dose_warning(space, 1, 3) is None
-    warning = dose_warning(space, 1, 2)
+    assert dose_warning(space.shift(1, 3)) is None
+    warning = dose_warning(space.shift(1, 2))
     assert warning is not None
     assert warning.startswith(
         "The shift of de is longer than a hidden state (alpha = 1; de at boundary 2: 1.5 times"
     )
-    assert dose_warning(space, 1, 2, alpha=0.5) is None
-    assert dose_warning(space, 1, 3, alpha=-2.0) is not None
+    assert dose_warning(space.shift(1, 2, 0.5)) is None
+    assert dose_warning(space.shift(1, 3, -2.0)) is not None
 
 
 def test_area_needs_subspaces() -> None:

@@ -29,6 +29,7 @@ from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.notices import warn_once
 from shifcon_fast.training import run_folder
 from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.training.shift_file import write_shift
 from shifcon_fast.training.trainer import ShifConTrainer
 
 IDS = torch.randint(4, 70, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -220,13 +221,13 @@ def test_what_is_evaluated_is_what_is_loaded(
         assert served[-1].loss.item() == pytest.approx(told, rel=1e-6)
     assert torch.equal(served[0].logits, served[1].logits)
 
-    saved = sf.LanguageSpace.load(tmp_path / "run")
+    saved = loaded.shifcon.shift.vectors
     again = sf.estimate_space(trainer.model, trainer.processing_class, trainer._parallel, progress=False)
     assert (again.mean[2:] - space.mean[2:]).abs().max() > 1e-3  # the model has changed
     if estimate or (estimate is None and vectors != "frozen"):
-        torch.testing.assert_close(saved.mean, again.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(saved, again.mean[[1, 3]], rtol=1e-5, atol=1e-5)
     elif vectors == "frozen":
-        assert torch.equal(saved.mean, space.mean)
+        assert torch.equal(saved, space.mean[[1, 3]])
 
 
 def test_a_run_that_ends_early_is_estimated_on_the_model_that_is_kept(
@@ -239,7 +240,8 @@ def test_a_run_that_ends_early_is_estimated_on_the_model_that_is_kept(
     trainer = make_trainer(vectors="ema", max_steps=5, callbacks=[Stop()])
     trainer.train()
     again = sf.estimate_space(trainer.model, trainer.processing_class, trainer._parallel, progress=False)
-    torch.testing.assert_close(sf.LanguageSpace.load(tmp_path / "run").mean, again.mean, rtol=1e-5, atol=1e-5)
+    saved = sf.load(tmp_path / "run").shifcon.shift.vectors
+    torch.testing.assert_close(saved, again.mean[[1, 3]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_failing_final_estimation_keeps_the_trained_model(
@@ -312,11 +314,11 @@ def test_foreign_and_damaged_folders(
         sf.load(tmp_path / "space")
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    replace(space, rms=space.rms + 1).save(copy)
-    with pytest.raises(ValueError, match=r"language_space\.safetensors: its SHA-256 is not the one"):
+    assert not list(copy.rglob("language_space*")), "bases are read by nobody who loads a run"
+    write_shift(copy, replace(space, mean=space.mean + 1).shift(1, 3))
+    with pytest.raises(ValueError, match=r"shift\.safetensors: its SHA-256 is not the one"):
         sf.load(copy)
-    shutil.copy(folder / "language_space.json", copy)
-    shutil.copy(folder / "language_space.safetensors", copy)
+    shutil.copy(folder / "shift.safetensors", copy)
     card = json.loads((copy / "shifcon.json").read_text())
     (copy / "shifcon.json").write_text(json.dumps({**card, "base_model": str(tmp_path / "gone")}))
     with pytest.raises(ValueError, match=r"copy: its base model '.*gone' cannot be loaded; pass base="):
@@ -338,7 +340,9 @@ def test_another_base_model_is_noticed(
     run: tuple[Path, ShifConTrainer], tiny_model: Callable[..., torch.nn.Module], tmp_path: Path
 ) -> None:
     tiny_model("llama", hidden=64, layers=4, seed=9).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"estimated on .*not on this model"):
+    with pytest.raises(
+        ValueError, match=r"its adapter was trained on .*, not on .*other \(sampled embedding"
+    ):
         sf.load(run[0], base=tmp_path / "other")
     tiny_model("llama", hidden=32, layers=4).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="its adapter does not fit the base model"):
@@ -349,3 +353,30 @@ def test_only_peft_models_are_saved(tiny_model: Callable[..., torch.nn.Module], 
     with pytest.raises(TypeError, match="model: got LlamaForCausalLM; wanted a PEFT model"):
         run_folder.save_run(tmp_path / "run", tiny_model(), run_folder.RunState())
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_two_runs_in_one_model(
+    run: tuple[Path, ShifConTrainer], make_trainer: Callable[..., ShifConTrainer], tmp_path: Path
+) -> None:
+    """Each is what it is alone, and shifts in its own area while it is the active one."""
+    make_trainer(folder="second", forward=2, backward=3, seed=7).train()
+    folders = {"default": run[0], "second": tmp_path / "second"}
+    expected = {}
+    for name, folder in folders.items():
+        alone = sf.load(folder)
+        alone.shifcon.language = "sw"
+        with torch.no_grad():
+            expected[name] = alone(IDS).logits
+    model = sf.load(run[0])
+    with pytest.raises(ValueError, match="adapter_name: 'default' is an adapter of the model already"):
+        sf.load(folders["second"], into=model)
+    with pytest.raises(ValueError, match="got one with into="):
+        sf.load(folders["second"], into=model, adapter_name="second", quantization="none")
+    assert sf.load(folders["second"], into=model, adapter_name="second") is model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.shifcon.language = "sw"
+    for name in ("default", "second", "default"):
+        model.set_adapter(name, inference_mode=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected[name], rtol=1e-5, atol=1e-5)
+        assert model.shifcon.forward == {"default": 1, "second": 2}[name]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.modeling.attach import attach
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.run_folder import read_card
 from shifcon_fast.training.trainer import ShifConTrainer
@@ -49,19 +50,19 @@ def walk(model: Any, ids: Tensor, shifts: dict[int, Tensor]) -> tuple[list[Tenso
     return seen, model.base_model.model.lm_head(decoder.norm(h))[0]
 
 
-def shifts_of(space: LanguageSpace, language: str, earlier: int) -> dict[int, Tensor]:
-    mean = space.mean.double()
-    language_id = space.languages.index(language)
+def shifts_of(shift: LanguageShift, language: str, earlier: int) -> dict[int, Tensor]:
+    at_f, at_b = shift.vectors.double()
+    language_id = shift.languages.index(language)
     return {
-        F - earlier: mean[F, 0] - mean[F, language_id],
-        B - earlier: mean[B, language_id] - mean[B, 0],
+        F - earlier: at_f[0] - at_f[language_id],
+        B - earlier: at_b[language_id] - at_b[0],
     }
 
 
 def naive_total(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    space: LanguageSpace,
+    language_shift: LanguageShift,
     instructions: list[Instruction],
     pairs: list[list[tuple[str, str, str]]],
     *,
@@ -79,7 +80,9 @@ def naive_total(
         prompt_ids = tokenizer(prompt + "\n").input_ids
         response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids = torch.tensor(prompt_ids + response_ids)
-        _, logits = walk(model, ids, shifts_of(space, instruction.language, earlier) if shift else {})
+        _, logits = walk(
+            model, ids, shifts_of(language_shift, instruction.language, earlier) if shift else {}
+        )
         for position in range(len(prompt_ids), len(ids)):
             losses.append(functional.cross_entropy(logits[position - 1], ids[position]))
     generation = torch.stack(losses).mean()
@@ -90,7 +93,7 @@ def naive_total(
         for pivot_text, other_text, language in batch:
             for side, text, code in (("pivot", pivot_text, "en"), ("other", other_text, language)):
                 ids = torch.tensor(tokenizer(text).input_ids)
-                shifts = shifts_of(space, code, earlier) if mode == "shifted" else {}
+                shifts = shifts_of(language_shift, code, earlier) if mode == "shifted" else {}
                 seen, _ = walk(model, ids, shifts)
                 first = 0 if official else 1  # BOS
                 represented[side].append(torch.stack([seen[k][first:].mean(0) for k in range(F, B)]))
@@ -150,7 +153,7 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
     log = trainer.state.log_history[0]
 
     assert trainer.handle is not None
-    space = trainer.handle.space
+    space = trainer.handle.shift
     model = trainer.model
     trainer.handle.detach()
     model.load_state_dict(start)
@@ -254,7 +257,7 @@ def test_evaluation_is_the_shifted_generation_loss(
     trainer = make_trainer(eval_dataset=instructions[:6], per_device_eval_batch_size=6)
     metrics = trainer.evaluate()
     assert trainer.handle is not None
-    space, model = trainer.handle.space, trainer.model
+    space, model = trainer.handle.shift, trainer.model
     trainer.handle.detach()
     pairs = [[(parallel_text["en"][row], parallel_text["de"][row], "de") for row in range(2)]]
     generation, _ = naive_total(
@@ -317,7 +320,7 @@ def test_a_trainer_that_transformers_refuses_leaves_the_model_as_it_came(
     other = space.replace_means(space.mean + 1)
     with pytest.raises(ValueError, match="eval_dataset"):
         make_trainer(model=model, space=other, eval_strategy="steps", eval_steps=1)
-    assert handle.space is space
+    assert torch.equal(handle.shift.vectors, space.mean[[1, 3]])
     assert model.shifcon is handle
 
 

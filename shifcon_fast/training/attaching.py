@@ -1,0 +1,128 @@
+"""The attachment that a training run works with: made if need be, and the same when the run is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shifcon_fast.data.languages import is_same_language
+from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.space.area import propose_area, recommend_area
+from shifcon_fast.space.language_shift import LanguageShift
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.training.adapter_files import active_adapter
+from shifcon_fast.training.arguments import ShifConArguments
+from shifcon_fast.training.checkpoints import CARD, read_trainer_state
+from shifcon_fast.training.run_folder import read_card
+
+logger = logging.getLogger(__name__)
+
+
+def attach_for_training(
+    model: Any, args: ShifConArguments, space: LanguageSpace | LanguageShift | None
+) -> ShiftHandle | None:
+    """The model's attachment, made if need be; None for a plain run without a language space.
+
+    The shift then belongs to the adapter that is trained: without it (``disable_adapter``) nothing is shifted.
+
+    Raises:
+        ValueError: a space is needed and there is none; the space or the area contradicts the arguments.
+    """
+    handle: ShiftHandle | None = getattr(model, "shifcon", None)
+    if handle is None and space is None:
+        if args.shift or args.w_mcl:
+            raise ValueError(
+                "space: none given; wanted what estimate_space(model, ...) returns (only a run with shift=False "
+                "and w_mcl=0 needs none)"
+            )
+        return None
+    pivot = space.pivot if space is not None else handle.shift.pivot  # type: ignore[union-attr]
+    if not is_same_language(pivot, args.pivot):
+        raise ValueError(
+            f"pivot: got {args.pivot!r}; the space was estimated with {pivot!r} (--pivot {pivot})"
+        )
+    if handle is not None:
+        _use_attachment(handle, args, space)
+        return handle
+    assert space is not None
+    adapter = active_adapter(model) if hasattr(model, "active_adapters") else None
+    if isinstance(space, LanguageShift):
+        return attach(model, space, adapter=adapter)
+    forward, backward = choose_area(args, space)
+    return attach(
+        model,
+        space,
+        forward,
+        backward,
+        _alpha(args),
+        recipe=args.recipe,  # type: ignore[arg-type]
+        adapter=adapter,
+    )
+
+
+def _use_attachment(
+    handle: ShiftHandle, args: ShifConArguments, space: LanguageSpace | LanguageShift | None
+) -> None:
+    area = (args.forward, args.backward)
+    if area not in ((None, None), (handle.forward, handle.backward)) or handle.recipe != args.recipe:
+        raise ValueError(
+            f"model: it is attached at [{handle.forward}, {handle.backward}) with recipe {handle.recipe!r}, "
+            f"the arguments say {area} and {args.recipe!r}; detach it or leave the area out"
+        )
+    if args.alpha is not None and args.alpha != handle.alpha:
+        raise ValueError(
+            f"alpha: got {args.alpha}; the model is attached with {handle.alpha}; detach it or leave alpha out"
+        )
+    if isinstance(space, LanguageSpace):
+        space = space.shift(handle.forward, handle.backward, handle.alpha, handle.recipe)
+    if space is not None:
+        handle.set_shift(space)
+
+
+def _alpha(args: ShifConArguments) -> float:
+    return 1.0 if args.alpha is None else args.alpha
+
+
+def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]:
+    """The area of the arguments, else the recommended one.
+
+    Raises:
+        ValueError: a sweep found that no area helps, and the arguments want the shift.
+    """
+    if args.forward is not None and args.backward is not None:
+        return args.forward, args.backward
+    area = recommend_area(space, alpha=_alpha(args))
+    logger.info("%s", area.reason)
+    if area.span is None:
+        if args.shift:
+            raise ValueError(
+                f"shift: {area.reason} That is --no-shift (shift=False); --forward and --backward (forward=, "
+                "backward=) overrule the sweep"
+            )
+        # What harms generation may still serve the contrastive loss, whose pass alone is shifted then.
+        area = propose_area(space)
+        logger.info("for the contrastive loss: %s", area.reason)
+    assert area.span is not None  # a proposal has one
+    return area.span
+
+
+def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
+    """Refuse to resume from a checkpoint whose method was set up in another way.
+
+    Raises:
+        ValueError: not a checkpoint, or one of another area, recipe or other languages.
+    """
+    read_trainer_state(checkpoint)
+    card: Mapping[str, Any] = read_card(checkpoint)
+    area = None if handle is None else {"forward": handle.forward, "backward": handle.backward}
+    here: dict[str, Any] = {"area": area}
+    if handle is not None:
+        here |= {"languages": list(handle.shift.languages), "recipe": handle.recipe}
+    for name, value in here.items():
+        if card[name] != value:
+            raise ValueError(
+                f"{checkpoint / CARD}: {name} is {card[name]}, here it is {value}; resume with the arguments "
+                "and the space of the run"
+            )
