@@ -8,7 +8,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from shifcon_fast import ops
 from shifcon_fast.modeling import norms
@@ -24,14 +26,21 @@ def test_unshifted_logits_are_those_of_the_model_bit_for_bit(
 ):
     model = tiny_model(architecture, dtype=dtype)
     with torch.no_grad():
-        expected = model(**batch).logits
+        expected, *states = _logits_and_states(model, batch)
         with attach(model, random_space(model), forward=1, backward=3) as handle:
-            plain = model(**batch).logits
+            plain, *states_attached = _logits_and_states(model, batch)
             pivot = model(**batch, language_ids=handle.language_ids(["de"] * 4)).logits
             nobody = model(**batch, language_ids=torch.full((4,), -1)).logits
         after = model(**batch).logits
     for logits in (plain, pivot, nobody, after):
         assert torch.equal(logits, expected)
+    assert len(states) == len(states_attached) == 5
+    assert all(map(torch.equal, states_attached, states))
+
+
+def _logits_and_states(model, batch):
+    output = model(**batch, output_hidden_states=True)
+    return output.logits, *output.hidden_states
 
 
 def _exact_logits(model, tokens):
@@ -81,6 +90,93 @@ def test_shifted_logits_equal_the_oracle(
         torch.testing.assert_close(logits[[1, 3]], attached[[1, 3]], rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(logits[[1, 3]], attached[[1, 3]])
+
+
+# What the same block class computes under other configurations.
+VARIANTS = {
+    "gemma4_text-experts": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
+    "granitemoehybrid-dense": {"num_local_experts": 0},
+    "falcon-alibi": {"alibi": True, "parallel_attn": False, "multi_query": False},
+    "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "opt-norm_after": {"do_layer_norm_before": False},
+    "stablelm-parallel": {"use_parallel_residual": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("reference_backend")  # bits are compared
+def test_what_a_configuration_changes_in_a_block_is_kept(
+    variant, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    model = tiny_model(variant.partition("-")[0], **VARIANTS[variant])
+    usual = tiny_model(variant.partition("-")[0])
+    space = random_space(model)
+    shifts = {1: (1, 0.7), 3: (3, -0.7)}
+    with torch.no_grad(), shifted_by_hooks(model, space, batch_ids, shifts) as plain:
+        expected, unshifted = plain(**batch).logits, model(**batch).logits
+        assert not torch.allclose(unshifted, usual(**batch).logits, rtol=0.1), "the configuration counts"
+        handle = attach(model, space, forward=1, backward=3, alpha=0.7)
+        assert torch.equal(model(**batch).logits, unshifted)
+        handle.reset_engagements()
+        logits = model(**batch, language_ids=batch_ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - unshifted)[[0, 2]].abs().amax(dim=(1, 2)).min() > 0.1
+    decoder = locate_decoder(model)
+    for k, block in enumerate(decoder.blocks):
+        norms_of_block = [
+            name for name, child in block.named_children() if type(child).__name__.endswith("RMSNorm")
+        ]
+        assert handle.engagements[k] == dict.fromkeys(decoder.architecture.norm_sites(block), 1)
+        assert sorted(handle.engagements[k]) == sorted(norms_of_block)
+    assert handle.bypassed == {}
+
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_IMAGES = {**_TOWER, "image_size": 28, "patch_size": 14}
+_PROJECTIONS = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+# A model of images and text → the text decoder inside it and the rest of its configuration.
+WITH_IMAGES = {
+    "mistral3": ("ministral3", {"vision_config": _IMAGES}),
+    "gemma3": ("gemma3_text", {"vision_config": _IMAGES}),
+    "llama4": ("llama4_text", {"vision_config": {**_IMAGES, **_PROJECTIONS}}),
+    "gemma4": ("gemma4_text", {"vision_config": None, "audio_config": None}),
+    "gemma4_unified": ("gemma4_unified_text", {"vision_config": None, "audio_config": None}),
+    "llava": ("llama", {"vision_config": _IMAGES}),
+}
+
+
+@pytest.mark.parametrize("architecture", WITH_IMAGES)
+def test_the_text_decoder_of_a_model_with_images_is_shifted(
+    architecture, tiny_model, random_space, batch, batch_ids, shifted_by_hooks
+):
+    if architecture not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not have {architecture}")
+    text, rest = WITH_IMAGES[architecture]
+    config = AutoConfig.for_model(architecture, text_config=tiny_model(text).config.to_dict(), **rest)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, 0.15, generator=torch.Generator().manual_seed(parameter.numel()))
+    assert locate_decoder(model).architecture.model_type == text
+    space = random_space(model)
+    greedy = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 1_000, "pad_token_id": 0}
+    shifts = {1: (1, 1.0), 3: (3, -1.0)}
+    with torch.no_grad(), shifted_by_hooks(model, space, batch_ids, shifts) as plain:
+        expected, tokens = plain(**batch).logits, plain.generate(**batch, use_cache=False, **greedy)
+        attach(model, space, forward=1, backward=3)
+        logits = model(**batch, language_ids=batch_ids).logits
+        assert torch.equal(model.generate(**batch, language_ids=batch_ids, **greedy), tokens)
+        unshifted = model(**batch).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - unshifted)[[0, 2]].abs().amax(dim=(1, 2)).min() > 0.1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2", "bloom"])
@@ -259,6 +355,20 @@ def test_hidden_states_and_attentions_are_still_returned(
             model(**batch, language_ids=batch_ids)
         remove.remove()
         assert torch.equal(out.hidden_states[2], entering[0])
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_routers_are_still_heard(architecture, tiny_model, random_space, batch, batch_ids):
+    """The loss that keeps experts in balance comes from the routers of the attached model's blocks."""
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        expected = model(**batch, output_router_logits=True)
+        attach(model, random_space(model), forward=1, backward=3)
+        found = model(**batch, output_router_logits=True)
+        shifted = model(**batch, language_ids=batch_ids, output_router_logits=True)
+    assert len(found.router_logits) == len(expected.router_logits) > 0
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    assert not torch.allclose(shifted.router_logits[-1], found.router_logits[-1], rtol=0.1)
 
 
 @pytest.mark.every_architecture
