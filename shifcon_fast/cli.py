@@ -88,9 +88,9 @@ def profile(
 
         shifcon profile --model org/model --parallel sentences.jsonl --output space/
     """
-    from shifcon_fast import workflow
+    from shifcon_fast.workflow import before_training
 
-    result = workflow.profile(
+    result = before_training.profile(
         model,
         parallel,
         output,
@@ -155,10 +155,10 @@ def sweep(
 
         shifcon sweep --model org/model --space space/ --parallel sentences.jsonl --questions dev.jsonl
     """
-    from shifcon_fast import workflow
+    from shifcon_fast.workflow import before_training
 
     typer.echo(
-        workflow.sweep(
+        before_training.sweep(
             model,
             space,
             parallel,
@@ -203,15 +203,15 @@ def train(
     first. Ctrl-C saves a checkpoint; --resume goes on from the last one. `--no-shift` and `--w-mcl 0` switch the
     two halves of the method off, which is the plain QLoRA to compare with.
     """
-    from shifcon_fast import workflow
     from shifcon_fast.training.config import describe_fields, parse_config
+    from shifcon_fast.workflow import train_run
 
     if help_all:
         for name, text, default in describe_fields():
             typer.echo(f"--{name.replace('_', '-')}  [{default}]\n    {' '.join(text.split())}")
         return
     run, arguments = parse_config(config, context.args)
-    typer.echo(workflow.train(run, arguments))
+    typer.echo(train_run.train(run, arguments))
 
 
 @app.command()
@@ -268,10 +268,10 @@ def evaluate(
 
     With --against, differences come with intervals from a paired bootstrap over the same items.
     """
-    from shifcon_fast import workflow
+    from shifcon_fast.workflow import evaluate_model
 
     typer.echo(
-        workflow.evaluate(
+        evaluate_model.evaluate(
             model,
             output,
             parallel=parallel,
@@ -313,10 +313,10 @@ def generate(
 
     shifcon generate --model run/ --language sw "Mji mkuu wa Kenya ni upi?"
     """
-    from shifcon_fast import workflow
+    from shifcon_fast.workflow import use_run
 
     lines = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for answer in workflow.generate(
+    for answer in use_run.generate(
         model,
         lines,
         language=language,
@@ -358,10 +358,10 @@ def export(
     Each language is a folder or a file named after its code. What is written is loaded again and must move the
     logits as the shift does.
     """
-    from shifcon_fast import workflow
+    from shifcon_fast.workflow import use_run
 
     typer.echo(
-        workflow.export(
+        use_run.export(
             run,
             to,
             output,
@@ -383,9 +383,9 @@ def report(
     ] = None,
 ) -> None:
     """Put what a folder holds (area, training curves, evaluation) into one self-contained HTML page."""
-    from shifcon_fast import workflow
+    from shifcon_fast.evaluation.report import report_folder
 
-    typer.echo(workflow.report(run, output))
+    typer.echo(report_folder(run, output))
 
 
 @app.command()

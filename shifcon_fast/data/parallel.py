@@ -106,6 +106,23 @@ def _already_read(text: ParallelText, languages: Sequence[str] | None) -> Parall
     return ParallelText({language: text[each] for language, each in found.items() if each is not None})
 
 
+def find_pivot(pivot: str, sentences: Mapping[str, Any], source: str) -> str:
+    """The pivot as the data writes it.
+
+    Args:
+        source: what the data is called, for the error.
+
+    Raises:
+        ValueError: the data does not have it.
+    """
+    found = find_language(pivot, sentences)
+    if found is None:
+        raise ValueError(
+            f"pivot: got {pivot!r}; {source} has {', '.join(sentences)}; choose one of them with --pivot"
+        )
+    return found
+
+
 def _is_absent(value: object, allow_missing: bool) -> bool:
     """Whether a row lacks a sentence. A string with nothing visible counts only if rows may be dropped."""
     return is_missing(value) and (allow_missing or not isinstance(value, str))

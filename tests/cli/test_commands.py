@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shifcon_fast import workflow
 from shifcon_fast.cli import app
 from shifcon_fast.data import parallel
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.extras import EXTRAS
 from shifcon_fast.opening import open_model
+from shifcon_fast.workflow import evaluate_model
 
 Rows = list[dict[str, object]]
 
@@ -190,7 +190,7 @@ def test_a_run_is_evaluated_in_the_precision_it_was_trained_in(
         seen.append(bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False)))
         return evaluate(model, *args, **settings)
 
-    monkeypatch.setattr(workflow, "measure", measure)
+    monkeypatch.setattr(evaluate_model, "measure", measure)
     evaluated = workplace.shifcon(
         *("evaluate", "--model", tmp_path / "run", "--output", tmp_path / "results", *flags),
         *("--questions", workplace.folder / "questions.jsonl", "--max-new-tokens", "1"),
@@ -225,8 +225,8 @@ def test_two_models_are_never_in_memory(workplace, tmp_path: Path, monkeypatch: 
         weights.append(weakref.ref(next(model.parameters())))
         return model, tokenizer
 
-    monkeypatch.setattr(workflow, "open_model", opened)
-    monkeypatch.setattr(workflow.gc, "collect", lambda: 0)  # nor does it take the garbage collector
+    monkeypatch.setattr(evaluate_model, "open_model", opened)
+    monkeypatch.setattr(evaluate_model.gc, "collect", lambda: 0)  # nor does it take the garbage collector
     made = workplace.shifcon(*workplace.train_flags(tmp_path / "run", "--max-steps", "1"))
     assert made.code == 0, made.text
     evaluated = workplace.shifcon(

@@ -1,0 +1,1 @@
+"""What the ``shifcon`` commands do: each a function from files to a folder, which returns what to print."""

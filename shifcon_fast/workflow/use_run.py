@@ -1,0 +1,82 @@
+"""``shifcon generate`` and ``shifcon export``: what a run is good for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from shifcon_fast.data.prompts import encode_prompt
+from shifcon_fast.export.targets import export_languages
+from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
+from shifcon_fast.opening import is_run, open_model
+
+
+def generate(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    language: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    quantization: str | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[str]:
+    """Yield the answer to each prompt, shifted by ``language`` where the model is a run with a language space."""
+    if not prompts:
+        raise ValueError(
+            "prompts: none given; wanted one or more, as arguments or a line each on standard input"
+        )
+    loaded, tokenizer = open_model(
+        model, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+    )
+    handle = getattr(loaded, "shifcon", None)
+    if handle is None:
+        raise ValueError(f"model: {model} has no language space to shift with; wanted the folder of a run")
+    ids = handle.language_ids(language, device=loaded.device)
+    settings = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    for prompt in prompts:
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        check_token_ids(prompt_ids, tokenizer, embedding_rows(loaded), f"prompt {prompt[:40]!r}")
+        tokens = torch.tensor([prompt_ids], device=loaded.device)
+        with torch.no_grad():
+            answer = loaded.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                language_ids=ids,
+                max_new_tokens=max_new_tokens,
+                **settings,
+            )
+        yield tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def export(
+    run: str,
+    target: str,
+    output: Path,
+    *,
+    languages: Sequence[str] | None = None,
+    without_shift: bool = False,
+    gguf_model: Path | None = None,
+    quantization: str | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Write a run's languages for a place that does not run this package, each checked by loading it."""
+    if not is_run(run):
+        raise ValueError(f"run: {run} is no run; wanted the folder that `shifcon train` wrote")
+    loaded, tokenizer = open_model(
+        run, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+    )
+    written = export_languages(
+        loaded,
+        target,
+        output,
+        tokenizer=tokenizer,
+        languages=languages,
+        without_shift=without_shift,
+        gguf_model=gguf_model,
+    )
+    return "\n".join(f"{path}: {found or 'not checked'}" for path, found in written.items())
