@@ -1,9 +1,10 @@
-"""The house: a room imports from the floors below it alone."""
+"""The house: a room imports from the floors below it alone, and no two rooms have one name."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,12 @@ def test_the_page_on_the_layout_has_every_room_on_its_floor() -> None:
     begun = re.findall(r"\| `([\w/]+\.py)` \|$", text, re.MULTILINE)
     assert [name for name in begun if not (PACKAGE / name).is_file()] == []
     assert len(begun) > 5
+
+
+def test_no_two_rooms_have_one_name() -> None:
+    places = defaultdict(list)
+    for file in PACKAGE.rglob("*.py"):
+        # What computes an operator is called as the operator is, in every backend.
+        if file.stem != "__init__" and room_of(file) != "ops":
+            places[file.stem].append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

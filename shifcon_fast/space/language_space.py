@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shifcon_fast.data.languages import position_of
-from shifcon_fast.space import files, sweep_result
+from shifcon_fast.space import space_folder, sweep_result
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, check_area
 from shifcon_fast.space.subspace import Subspace, subspace_distance
 from shifcon_fast.space.sweep_result import AreaSweep
@@ -242,8 +242,8 @@ class LanguageSpace:
 
     def save(self, folder: str | Path) -> None:
         """Write ``language_space.safetensors`` and ``language_space.json`` into a folder, both or neither."""
-        tensors = {name: getattr(self, name) for name in files.REQUIRED_TENSORS}
-        for name in files.OPTIONAL_TENSORS:
+        tensors = {name: getattr(self, name) for name in space_folder.REQUIRED_TENSORS}
+        for name in space_folder.OPTIONAL_TENSORS:
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
         for (boundary, language), basis in self.bases.items():
@@ -261,7 +261,7 @@ class LanguageSpace:
             ),
             "dose": self._by_language(self.dose),
         }
-        files.write(Path(folder), tensors, description, self.card)
+        space_folder.write(Path(folder), tensors, description, self.card)
 
     @classmethod
     def load(cls, folder: str | Path) -> LanguageSpace:
@@ -272,17 +272,19 @@ class LanguageSpace:
                 damaged since it was written; the message names the file.
         """
         folder = Path(folder)
-        tensors, card = files.read(folder)
+        tensors, card = space_folder.read(folder)
         try:
             space = cls._from_parts(tensors, card)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / files.CARD}: the language space is damaged: {error}") from error
+            raise ValueError(
+                f"{folder / space_folder.CARD}: the language space is damaged: {error}"
+            ) from error
         if (folder / sweep_result.FILE_NAME).is_file():
             space.sweep = AreaSweep.load(folder)
         return space
 
     @classmethod
-    def _from_parts(cls, tensors: Mapping[str, Tensor], card: files.SpaceCard) -> LanguageSpace:
+    def _from_parts(cls, tensors: Mapping[str, Tensor], card: space_folder.SpaceCard) -> LanguageSpace:
         bases: dict[tuple[int, str], Tensor] = {}
         variances: dict[tuple[int, str], Tensor] = {}
         for name, tensor in tensors.items():
@@ -290,9 +292,9 @@ class LanguageSpace:
             if kind in ("basis", "variances"):
                 boundary, _, language = rest.partition(".")
                 (bases if kind == "basis" else variances)[int(boundary), language] = tensor
-        required = (*files.REQUIRED_TENSORS, *(("ridge",) if bases else ()))
+        required = (*space_folder.REQUIRED_TENSORS, *(("ridge",) if bases else ()))
         if missing := [name for name in required if name not in tensors]:
-            raise ValueError(f"{files.TENSORS} lacks {', '.join(map(repr, missing))}")
+            raise ValueError(f"{space_folder.TENSORS} lacks {', '.join(map(repr, missing))}")
         space = cls(
             languages=tuple(card["languages"]),
             pivot=card["pivot"],
@@ -303,7 +305,7 @@ class LanguageSpace:
             sink_share=tensors["sink_share"],
             bases=bases,
             variances=variances,
-            **{name: tensors.get(name) for name in files.OPTIONAL_TENSORS},  # type: ignore[arg-type]
+            **{name: tensors.get(name) for name in space_folder.OPTIONAL_TENSORS},  # type: ignore[arg-type]
             card=dict(card["card"]),
         )
         recorded = (card["num_boundaries"], card["hidden_size"])

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, with_config
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from shifcon_fast.space.files import Origin
 from shifcon_fast.space.language_shift import LanguageShift
+from shifcon_fast.space.space_folder import Origin
 from shifcon_fast.storage import read_metadata, read_tensors
 
 SHIFT = "shift.safetensors"

@@ -13,7 +13,7 @@ from shifcon_fast.evaluation.sweep_table import sweep_table
 from shifcon_fast.extras import MissingExtraError
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.opening import is_run, open_model
-from shifcon_fast.space import files as space_files
+from shifcon_fast.space import space_folder
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_shift import dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
@@ -57,7 +57,7 @@ def profile(
     left_over = _sweep_beside(space, output)
     area = recommend_area(space)
     plot, no_plot = _drawn(_distance_plot, space, area)
-    with replacing(output, space_files.CARD, (space_files.TENSORS, AREA_FILE, DISTANCE_PLOT)) as staging:
+    with replacing(output, space_folder.CARD, (space_folder.TENSORS, AREA_FILE, DISTANCE_PLOT)) as staging:
         space.save(staging)
         write_json(staging / AREA_FILE, asdict(area))
         if plot is not None:

@@ -13,7 +13,7 @@ from shifcon_fast.data.parallel import find_pivot, read_parallel
 from shifcon_fast.evaluation.result import FILE_NAME
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.opening import load_tokenizer
-from shifcon_fast.space import files as space_files
+from shifcon_fast.space import space_folder
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, retract
 from shifcon_fast.training.arguments import ShifConArguments
@@ -34,7 +34,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     instructions = read_instructions(run.instructions)
     find_pivot(arguments.pivot, parallel, run.parallel)
     own = output / PROFILE  # where no space is given
-    start_from = run.space or (own if resume and (own / space_files.CARD).is_file() else None)
+    start_from = run.space or (own if resume and (own / space_folder.CARD).is_file() else None)
     space = LanguageSpace.load(start_from) if start_from else None
     known = space.languages if space else tuple(parallel)
     spoken = dict.fromkeys(each.language for each in instructions)
@@ -112,6 +112,6 @@ def _clear(output: Path) -> None:
     """Delete a run, its checkpoints and its evaluation; from the first step on nothing of it can be loaded."""
     retract(output, CARD, FILES)
     retract(output, FILE_NAME, BESIDE_EVALUATION)
-    retract(output / PROFILE, space_files.CARD, (space_files.TENSORS,))
+    retract(output / PROFILE, space_folder.CARD, (space_folder.TENSORS,))
     for checkpoint in list_checkpoints(output):
         remove(checkpoint, CARD)

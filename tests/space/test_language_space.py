@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shifcon_fast.space import files
+from shifcon_fast.space import space_folder
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.space.space_folder import CARD, TENSORS
 from shifcon_fast.storage import sha256_file
 
 L, K, D = 4, 3, 6
@@ -185,7 +186,7 @@ def test_save_and_load_keep_every_bit(tmp_path: Path, subspaces: bool) -> None:
 
 def test_card_on_disk_describes_the_tensors(tmp_path: Path) -> None:
     make_space().save(tmp_path)
-    card = json.loads((tmp_path / files.CARD).read_text(encoding="utf-8"))
+    card = json.loads((tmp_path / CARD).read_text(encoding="utf-8"))
     assert card["format"] == "shifcon_fast.language_space"
     assert card["format_version"] == 1
     assert card["languages"] == list(LANGUAGES)
@@ -194,7 +195,7 @@ def test_card_on_disk_describes_the_tensors(tmp_path: Path) -> None:
     assert card["sentences"] == {"sw": 7, "en": 8, "tr": 9}
     assert (card["num_boundaries"], card["hidden_size"]) == (L, D)
     assert card["card"]["model"]["fingerprint"] == {"hidden_size": D}
-    assert card["tensors"]["sha256"] == sha256_file(tmp_path / files.TENSORS)
+    assert card["tensors"]["sha256"] == sha256_file(tmp_path / TENSORS)
 
 
 def test_saving_over_another_space_replaces_it(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_save_that_fails_half_way_leaves_the_old_space(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, step, full_disk)
+    monkeypatch.setattr(space_folder, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_space(seed=2).save(tmp_path)
     assert_equal(LanguageSpace.load(tmp_path), old)
@@ -222,36 +223,36 @@ def test_a_save_that_fails_half_way_leaves_the_old_space(
 
 
 def rewrite_card(folder: Path, **changes: object) -> None:
-    path = folder / files.CARD
+    path = folder / CARD
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change tensors and make the checksum fit, as another program might."""
-    tensors = load_file(folder / files.TENSORS)
+    tensors = load_file(folder / TENSORS)
     change(tensors)
-    save_file(tensors, folder / files.TENSORS)
-    rewrite_card(folder, tensors={"file": files.TENSORS, "sha256": sha256_file(folder / files.TENSORS)})
+    save_file(tensors, folder / TENSORS)
+    rewrite_card(folder, tensors={"file": TENSORS, "sha256": sha256_file(folder / TENSORS)})
 
 
 def flip_a_bit(folder: Path) -> None:
-    path = folder / files.TENSORS
+    path = folder / TENSORS
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(bytes(content))
 
 
 def not_safetensors(folder: Path) -> None:
-    (folder / files.TENSORS).write_bytes(b"not tensors")
-    rewrite_card(folder, tensors={"file": files.TENSORS, "sha256": sha256_file(folder / files.TENSORS)})
+    (folder / TENSORS).write_bytes(b"not tensors")
+    rewrite_card(folder, tensors={"file": TENSORS, "sha256": sha256_file(folder / TENSORS)})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / files.CARD).unlink(), r"language_space\.json: no such file; wanted the card"),
-        (lambda f: (f / files.CARD).write_text("{"), r"language_space\.json: not valid JSON"),
-        (lambda f: (f / files.CARD).write_text("[]"), "holds a JSON list"),
+        (lambda f: (f / CARD).unlink(), r"language_space\.json: no such file; wanted the card"),
+        (lambda f: (f / CARD).write_text("{"), r"language_space\.json: not valid JSON"),
+        (lambda f: (f / CARD).write_text("[]"), "holds a JSON list"),
         (lambda f: rewrite_card(f, format="gguf"), "format is 'gguf'; wanted 'shifcon_fast.language_space'"),
         (lambda f: rewrite_card(f, format_version=2), "format_version is 2; this release reads 1"),
         (lambda f: rewrite_card(f, card=None), r"language_space\.json: card: .* got None"),
@@ -265,9 +266,9 @@ def not_safetensors(folder: Path) -> None:
         (lambda f: rewrite_card(f, languages=["en"]), r"mean: got shape \(4, 3, 6\)"),
         (lambda f: rewrite_card(f, languages=7), r"language_space\.json: languages: .* got 7"),
         (lambda f: rewrite_card(f, hidden_size=8), "4 boundaries of hidden size 8, the tensors hold 4 of 6"),
-        (lambda f: (f / files.TENSORS).unlink(), r"language_space\.safetensors: no such file, though"),
+        (lambda f: (f / TENSORS).unlink(), r"language_space\.safetensors: no such file, though"),
         (flip_a_bit, "its SHA-256 is not the one"),
-        (lambda f: (f / files.TENSORS).write_bytes(b""), "its SHA-256 is not the one"),
+        (lambda f: (f / TENSORS).write_bytes(b""), "its SHA-256 is not the one"),
         (not_safetensors, "not a safetensors file"),
         (lambda f: rewrite_tensors(f, lambda t: t.pop("mean")), "lacks 'mean'"),
         (lambda f: rewrite_tensors(f, lambda t: t.pop("ridge")), "lacks 'ridge'"),
