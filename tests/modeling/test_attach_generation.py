@@ -132,7 +132,7 @@ def test_generation_through_a_peft_model(architecture, tiny_model, random_space,
     assert torch.equal(peft_model.generate(**batch, language_ids=batch_ids, **GREEDY), expected)
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(heavy=True)
 def test_forward_names_language_ids_and_keeps_its_other_parameters(architecture, tiny_model, random_space):
     model = tiny_model(architecture)
     before = inspect.signature(model.forward)

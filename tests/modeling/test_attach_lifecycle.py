@@ -256,7 +256,7 @@ def test_suspended_passes_are_unshifted_and_still_counted(tiny_model, random_spa
         assert torch.equal(model(**batch, language_ids=batch_ids).logits, shifted)
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(heavy=True)
 def test_a_call_without_ids_is_warned_of_once(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
     attach(model, random_space(model), forward=1, backward=3)
@@ -408,7 +408,7 @@ def test_compiled_models_equal_eager_ones(architecture, tiny_model, random_space
 
 
 @pytest.mark.every_architecture(
-    quick={"llama", "lfm2"}, slow="torch.compile of one more model", column="`torch.compile` in one graph"
+    quick={"lfm2"}, slow="torch.compile of one more model", column="`torch.compile` in one graph"
 )
 def test_a_compiled_model_is_one_graph(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
@@ -443,7 +443,7 @@ def test_the_pivot_counts_as_left_alone():
     assert ids.tolist() == [0, 2, -1, 1], "the caller's ids are not changed"
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(heavy=True)
 def test_bad_language_ids_are_refused(architecture, tiny_model, random_space, batch):
     model = tiny_model(architecture)
     attach(model, random_space(model), forward=1, backward=3)

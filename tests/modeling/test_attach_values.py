@@ -54,7 +54,7 @@ def _exact_logits(model, tokens):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(heavy=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unshifted_logits_are_as_accurate_as_the_models(architecture, dtype, tiny_model, random_space, batch):
     """A fast backend sums in its own order."""
@@ -90,6 +90,11 @@ def test_shifted_logits_equal_the_oracle(
         torch.testing.assert_close(logits[[1, 3]], attached[[1, 3]], rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(logits[[1, 3]], attached[[1, 3]])
+
+
+def _once(sites, *, shifted):
+    """The engagements of a block each of whose norms ran once, and whose input was shifted once or never."""
+    return {**dict.fromkeys(sites, 1), **({"shift": 1} if shifted else {})}
 
 
 # What the same block class computes under other configurations.
@@ -133,8 +138,8 @@ def test_what_a_configuration_changes_in_a_block_is_kept(
         norms_of_block = [
             name for name, child in block.named_children() if type(child).__name__.endswith("RMSNorm")
         ]
-        assert handle.engagements[k] == dict.fromkeys(decoder.architecture.norm_sites(block), 1)
-        assert sorted(handle.engagements[k]) == sorted(norms_of_block)
+        assert sorted(decoder.architecture.norm_sites(block)) == sorted(norms_of_block)
+        assert handle.engagements[k] == _once(norms_of_block, shifted=k in (1, 3))
     assert handle.bypassed == {}
 
 
@@ -269,7 +274,7 @@ def test_every_norm_site_of_every_block_runs_in_the_operator(
     }
     assert modules_called, "the final norm is a module of the same class"
     assert not in_blocks & {id(module) for module in modules_called}
-    assert handle.engagements == {k: dict.fromkeys(names, 1) for k, names in enumerate(sites)}
+    assert handle.engagements == {k: _once(names, shifted=k in (1, 2)) for k, names in enumerate(sites)}
     assert handle.bypassed == {}
     if row.layout != "post_norm":  # the shift rides along with the norm at the block's entry
         per_block = len(sites[0])
@@ -289,7 +294,7 @@ def test_a_norm_with_a_hook_is_called_and_reported(tiny_model, random_space, bat
     logits = model(**batch, language_ids=batch_ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
-    assert handle.engagements[1] == {"input_layernorm": 0, "post_attention_layernorm": 1}
+    assert handle.engagements[1] == {"input_layernorm": 0, "post_attention_layernorm": 1, "shift": 1}
     assert "hooks" in handle.bypassed[1]["input_layernorm"]
     assert "Sequential" in handle.bypassed[2]["post_attention_layernorm"]
     assert set(handle.bypassed) == {1, 2}
@@ -371,7 +376,7 @@ def test_routers_are_still_heard(architecture, tiny_model, random_space, batch, 
     assert not torch.allclose(shifted.router_logits[-1], found.router_logits[-1], rtol=0.1)
 
 
-@pytest.mark.every_architecture
+@pytest.mark.every_architecture(heavy=True)
 def test_ids_per_token_of_one_language_a_row_are_ids_per_row(
     architecture, tiny_model, random_space, batch, batch_ids
 ):
