@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
 from shifcon_fast.export.output_bias import OutputBias, biases_for
@@ -76,6 +76,7 @@ def export_merged(
             "pivot": vectors.pivot,
             "boundaries": sorted(vectors.at),
         }
+    _keep_what_can_be_saved(merged)
     device = model.get_input_embeddings().weight.device
     others = [path.name for path in Path(folder).glob("model*.safetensors*")]
     with replacing(folder, CONFIG, others) as staging:
@@ -118,6 +119,18 @@ def _merge(copied: Any, name: str) -> PreTrainedModel:
         saved = folder if name == "default" else str(Path(folder) / name)
         adapted = peft.PeftModel.from_pretrained(base, saved)
         return adapted.merge_and_unload(safe_merge=True)
+
+
+def _keep_what_can_be_saved(merged: Any) -> None:
+    """Generation settings that contradict each other (Llama 2's) are read by transformers, but not written."""
+    own = merged.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError as error:
+        tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        merged.generation_config = GenerationConfig(**tokens)
+        reason = str(error).partition("\n")[0]
+        logger.warning("The base model's generation settings are left out but for the tokens: %s", reason)
 
 
 def missing_biases(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
 from shifcon_fast.export.output_bias import OutputBias, biases_for, sizes
@@ -68,7 +70,7 @@ def export_peft(model: Any, language: str, folder: str | Path, *, tokenizer: Any
     }
     _add_layers(config, tensors, adapted, biases, copied)
     _add_biases(tensors, vectors, biases, {key: adapted[key].scaling[name] for key in adapted})
-    _say_what_else_is_needed(tensors)
+    _say_if_the_base_has_to_grow(copied)
     with replacing(folder, CONFIG, (WEIGHTS,)) as staging:
         metadata = {
             "format": "pt",
@@ -77,13 +79,18 @@ def export_peft(model: Any, language: str, folder: str | Path, *, tokenizer: Any
             "shifcon_pivot": vectors.pivot,
             "shifcon_boundaries": ",".join(map(str, sorted(vectors.at))),
         }
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / WEIGHTS, metadata)
+        # Clones, as PEFT saves them: an embedding that grew is listed under two names.
+        save_file(
+            {key: tensor.clone().contiguous() for key, tensor in tensors.items()}, staging / WEIGHTS, metadata
+        )
         config.save_pretrained(str(staging))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
 
         def exported(tokens: Tensor) -> Tensor:
-            copied.load_adapter(str(staging), adapter_name="exported", is_trainable=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*lora_bias=True.*")  # that it cannot be merged
+                copied.load_adapter(str(staging), adapter_name="exported", is_trainable=False)
             copied.set_adapter("exported")
             device = copied.get_input_embeddings().weight.device
             return copied(input_ids=tokens.to(device)).logits
@@ -162,12 +169,22 @@ def _add_biases(
         tensors[key] = tensors[key].float().cpu() + constant
 
 
-def _say_what_else_is_needed(tensors: dict[str, Tensor]) -> None:
-    rows = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("embed_tokens.weight")}
-    if rows:
+def _say_if_the_base_has_to_grow(model: Any) -> None:
+    """A resized embedding is in the adapter's file, but the loader's base model has the stored number of rows."""
+    base = model.get_base_model()
+    rows = base.get_input_embeddings().weight.shape[0]
+    source = getattr(base.config, "_name_or_path", "") or model.active_peft_config.base_model_name_or_path
+    if not source:
+        return
+    try:
+        stored = AutoConfig.from_pretrained(source, local_files_only=True).get_text_config().vocab_size
+    except (OSError, ValueError):
+        return
+    if stored != rows:
         logger.warning(
-            "The adapter carries an embedding of %d rows, which the base model must have before it is loaded: "
+            "The adapter carries an embedding of %d rows where the base model has %d: before it is loaded, "
             "base.resize_token_embeddings(%d)",
-            *rows,
-            *rows,
+            rows,
+            stored,
+            rows,
         )

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from shifcon_fast.export import llama_cpp
 from shifcon_fast.export.control_vector import export_control_vector
 from shifcon_fast.export.llama_cpp import LlamaCpp, read_control_vector
 from shifcon_fast.export.merged import export_merged
+from shifcon_fast.extras import MissingExtraError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -163,6 +165,57 @@ def test_a_gguf_of_another_architecture_or_none_at_all_is_refused(
         export_control_vector(model, "sw", tmp_path, gguf_model=tmp_path / "text.gguf")
     with pytest.raises(ValueError, match=r"holds no direction\.K"):
         read_control_vector(served, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("direction.0", [0.0] * 32, r"direction\.0: llama\.cpp takes direction\.1 and up"),
+        ("direction.1", [0.0] * 31, r"direction\.1: wanted one dimension of 32 float32, got \(1, 31\)"),
+        ("direction.1", [[0.0] * 32] * 2, r"got \(2, 64\)"),
+    ],
+)
+def test_a_control_vector_that_llama_cpp_would_refuse_is_refused(
+    name: str, row: list[Any], message: str, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "bad.gguf"), "controlvector")
+    writer.add_tensor(name, torch.tensor(row).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=message):
+        read_control_vector(tmp_path / "bad.gguf", 32)
+
+
+@pytest.mark.parametrize("found", [None, "another build"])
+def test_where_no_library_of_llama_cpp_loads_that_is_said(
+    found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's library is for newer systems, and its stand-in is missing, or declared otherwise."""
+    from llama_cpp_py_sync import _cffi_bindings as bindings
+
+    def too_old() -> None:
+        raise RuntimeError("version GLIBC_2.38 not found")
+
+    class Shuffled:
+        """Its structures have their fields elsewhere, so that defaults come out wrong."""
+
+        def llama_context_default_params(self) -> Any:
+            return SimpleNamespace(n_ctx=0, n_batch=512, n_ubatch=0, type_k=0, type_v=1, op_offload=True)
+
+        def llama_model_default_params(self) -> Any:
+            return SimpleNamespace(split_mode=1, use_extra_bufts=True)
+
+    monkeypatch.setattr(bindings, "get_lib", too_old)
+    monkeypatch.setattr(bindings, "ffi", SimpleNamespace(dlopen=lambda path: Shuffled()))
+    if found is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = (
+        "GLIBC_2.38 not found; wanted a newer system, or the wheel xllamacpp" if found is None else found
+    )
+    with pytest.raises(MissingExtraError, match=message):
+        llama_cpp._library.__wrapped__()
 
 
 def test_a_vector_that_llama_cpp_ignores_is_not_kept(

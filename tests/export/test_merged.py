@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,19 @@ def test_quantised_weights_are_written_out(
         wanted = model(input_ids=tokens, language_ids=ids).logits
     torch.testing.assert_close(stock(tmp_path, tokens), wanted, rtol=1e-4, atol=1e-4)
     assert model.get_base_model().is_quantized
+
+
+def test_generation_settings_that_transformers_refuses_to_write(
+    attached: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Llama 2's, for one: a temperature beside ``do_sample=False``."""
+    model = attached("llama")
+    model.generation_config.update(temperature=0.9, do_sample=False, eos_token_id=[2, 7])
+    with caplog.at_level(logging.WARNING, logger="shifcon_fast"):
+        export_merged(model, "sw", tmp_path)
+    assert "generation settings are left out but for the tokens" in caplog.text
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    assert model.generation_config.temperature == 0.9
 
 
 def test_an_older_checkpoint_is_replaced_whole(attached: Callable[..., Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import shifcon_fast as sf
 from shifcon_fast.export.peft_alone import export_peft
@@ -221,6 +223,23 @@ def test_adapters_that_peft_gives_no_bias(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         export_peft(attached("llama", **settings), "sw", tmp_path)
+
+
+def test_an_embedding_that_grew_is_carried_and_the_base_has_to_grow_first(
+    attached: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    base.resize_token_embeddings(131, mean_resizing=False)
+    model = attached(base, modules_to_save=["embed_tokens", "lm_head"])
+    tokens = torch.tensor([[5, 129, 7, 130]])
+    with caplog.at_level(logging.WARNING, logger="shifcon_fast"):
+        export_peft(model, "sw", tmp_path)
+    assert "base.resize_token_embeddings(131)" in caplog.text
+    grown = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    grown.resize_token_embeddings(131, mean_resizing=False)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, language_ids=model.shifcon.language_ids("sw")).logits
+    torch.testing.assert_close(stock(grown, tmp_path, tokens), wanted, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_that_does_not_engage_is_not_kept(
