@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,11 +112,18 @@ def why_not_plain(module: nn.Module, architecture: Architecture, x: Tensor) -> s
         return f"it is a {type(module).__name__}, not a {architecture.norm}"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
-    if "forward" in module.__dict__ and not _only_moves_devices(module):
-        return "its forward was replaced on the instance"
+    forward = module.__dict__.get("forward")
+    if forward is not None and not _is_own(forward, module) and not _only_moves_devices(module):
+        by = getattr(forward, "__func__", forward)
+        return f"its forward was replaced on the instance by {getattr(by, '__qualname__', repr(by))}"
     if module.weight.device != x.device:
         return f"its weight is on {module.weight.device}, the hidden states on {x.device}"
     return None
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward on the instance is the class's own, as ``kernels`` leaves it where it has no kernel."""
+    return isinstance(forward, MethodType) and forward.__func__ is type(module).forward
 
 
 def _only_moves_devices(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
 from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
+from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
@@ -83,6 +84,7 @@ class ShifConTrainer(Trainer):
         space: LanguageSpace | LanguageShift | None = None,
         **kwargs: Any,
     ) -> None:
+        check_liger(args, model)
         keep_4bit_trainable(model)
         if hasattr(model, "active_adapters"):
             warn_of_what_is_not_saved(model)
@@ -464,10 +466,14 @@ class ShifConTrainer(Trainer):
 
 
 class _StepEnd(TrainerCallback):
-    """Tells the trainer that an optimizer step is over, and stops it after an interrupt."""
+    """Tells the trainer that training begins or an optimizer step is over, and stops it after an interrupt."""
 
     def __init__(self, trainer: ShifConTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.use_liger_kernel and self._trainer.handle is not None:  # it has just replaced the forward
+            name_language_ids(self._trainer.handle.model)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
