@@ -13,12 +13,18 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.modeling.estimate_space import estimate_space
+from shifcon_fast.notices import warn_once
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
 
 FORWARD, BACKWARD = 1, 3
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_said_yet() -> None:
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
