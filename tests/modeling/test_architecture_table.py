@@ -30,3 +30,8 @@ def test_what_is_tested_for_some_rows_alone_is_a_column(script):
     assert "| `llama` | `LlamaDecoderLayer` | `pre_norm` | 2 | `llama` | yes |" in made
     assert "| `mistral` | `MistralDecoderLayer` | `pre_norm` | 2 | `llama` | – |" in made
     assert sum(line.startswith("| `") for line in made) - 1 == len(rows)
+
+
+def test_the_number_of_rows_is_what_the_readme_says(script):
+    readme = (script.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert f"**{len(script.ARCHITECTURES)} architectures**" in readme
