@@ -149,7 +149,7 @@ _ROWS = (
     Architecture("gemma", "GemmaDecoderLayer", norm="GemmaRMSNorm", style="gemma"),
     Architecture("gemma2", "Gemma2DecoderLayer", "sandwich", norm="Gemma2RMSNorm", style="gemma"),
     Architecture("gemma3_text", "Gemma3DecoderLayer", "sandwich", norm="Gemma3RMSNorm", style="gemma"),
-    # Longer than the others, since one class serves models with experts, with an input of its own for each layer, and
+    # Longer than the others: one class serves models with experts, with an input of its own for each layer, and
     # with neither. Its norm multiplies by w, not 1 + w, and rounds once: OLMo's rounding.
     Architecture(
         "gemma4_text",

@@ -76,9 +76,9 @@ def attach(
         The handle, also found as ``shifcon`` on the Hugging Face model.
 
     Raises:
-        ValueError: unknown architecture; boundaries out of order or range; an alpha that is not finite; a space of
-            another hidden size, number of boundaries or model; a model that is attached already. The model is then
-            as it was.
+        ValueError: no decoder in the model; boundaries out of order or range; an alpha that is not finite; a space
+            of another hidden size, number of boundaries or model; a model that is attached already. The model is
+            then as it was.
         TypeError: a space without an area, or a shift, which has one, with another.
     """
     decoder = locate_decoder(model)

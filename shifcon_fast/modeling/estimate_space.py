@@ -88,9 +88,9 @@ def estimate_space(
         progress: show a progress bar.
 
     Raises:
-        ValueError: unknown architecture or recipe; a boundary out of range; a pivot that is not in the data; fewer
-            than two languages, or than two sentences in one; a sentence that is too long or of special tokens only;
-            non-finite hidden states. :class:`~shifcon_fast.data.errors.DataError` for malformed data.
+        ValueError: no decoder in the model; unknown recipe; a boundary out of range; a pivot that is not in the
+            data; fewer than two languages, or than two sentences in one; a sentence that is too long or of special
+            tokens only; non-finite hidden states. :class:`~shifcon_fast.data.errors.DataError` for malformed data.
     """
     if recipe not in ("stable", "official"):
         raise ValueError(f"recipe: got {recipe!r}; wanted 'stable' or 'official'")

@@ -42,7 +42,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         embedding as floats, or None where its weights are not in memory), and ``name_or_path`` for the reader.
 
     Raises:
-        ValueError: unknown architecture.
+        ValueError: no decoder in the model, or more than one.
     """
     decoder = locate_decoder(model)
     config = decoder.module.config

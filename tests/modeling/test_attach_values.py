@@ -171,6 +171,14 @@ def test_the_text_decoder_of_a_model_with_images_is_shifted(
             if parameter.dim() >= 2:
                 parameter.normal_(0.0, 0.15, generator=torch.Generator().manual_seed(parameter.numel()))
     assert locate_decoder(model).architecture.model_type == text
+    try:
+        model(**batch)
+    except AttributeError as error:
+        if "image_outputs" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {transformers.__version__} itself cannot run {architecture} without images: {error}"
+        )
     space = random_space(model)
     greedy = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 1_000, "pad_token_id": 0}
     shifts = {1: (1, 1.0), 3: (3, -1.0)}
