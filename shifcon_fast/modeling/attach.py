@@ -162,10 +162,13 @@ class ShiftHandle:
         """The language of rows for which nothing else says one, in calls of every thread; None for none.
 
         Set it to a code, to one code per row, or to None. So whatever calls the model (``pipeline``, a server, an
-        evaluation harness) needs no further argument.
+        evaluation harness) needs no further argument. ``"auto"`` has each row find its own: from the content tokens
+        of its prompt, at boundary f of the same pass, among the languages of the space; see :attr:`threshold` and
+        :attr:`detected`.
 
         Raises:
-            ValueError: when it is set to a code that no shift knows; the known ones are listed.
+            ValueError: when it is set to a code that no shift knows, the known ones are listed; to ``"auto"`` where
+                no shift has a router (of spaces without subspaces, and of the official recipe).
         """
         return self._attachment.languages
 
@@ -173,6 +176,29 @@ class ShiftHandle:
     def language(self, languages: str | Sequence[str] | None) -> None:
         known = list(self.shifts.values())
         self._attachment.languages = None if languages is None else checked_languages(languages, known)
+
+    @property
+    def threshold(self) -> float:
+        """How likely the language that a row finds itself must be; rows below are left alone. 0.9 unless set."""
+        return self._attachment.threshold
+
+    @threshold.setter
+    def threshold(self, probability: float) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"threshold: got {probability}; wanted a probability, 0 … 1")
+        self._attachment.threshold = float(probability)
+
+    @property
+    def detected(self) -> list[tuple[str, float]]:
+        """What the rows of this thread's last prompt found: the likeliest language, and its probability.
+
+        Empty where none looked; 0.0 for a prompt without a content token.
+        """
+        found = self._attachment.call.detected
+        if found is None:
+            return []
+        languages = self.shift.languages
+        return [(languages[index], p) for index, p in zip(found[0].tolist(), found[1].tolist(), strict=True)]
 
     @contextmanager
     def use(self, languages: str | Sequence[str]) -> Iterator[None]:
@@ -321,7 +347,8 @@ class ShiftHandle:
         return f"ShiftHandle({', '.join(f'{adapter}: {shift}' for adapter, shift in self.shifts.items())})"
 
     def _norm_counts(self) -> list[NormCounts]:
-        return [block.__dict__.get(NORM_COUNTS) or NormCounts() for block in self._decoder.blocks]
+        blocks = enumerate(self._decoder.blocks)
+        return [block.__dict__.get(NORM_COUNTS) or NormCounts(index) for index, block in blocks]
 
 
 def _shift(
@@ -366,8 +393,8 @@ def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_
 
 
 def _install(decoder: Decoder, outer: nn.Module, attachment: Attachment) -> None:
-    for block in decoder.blocks:
-        block.__dict__[NORM_COUNTS] = NormCounts()
+    for index, block in enumerate(decoder.blocks):
+        block.__dict__[NORM_COUNTS] = NormCounts(index)
         block.__dict__[ATTACHMENT] = attachment
         _swap(block, block_class)
     _put_tables(decoder, attachment)

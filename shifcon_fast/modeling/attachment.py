@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from shifcon_fast.data.languages import find_language
+from shifcon_fast.modeling.routing import AUTO, Routing
 from shifcon_fast.space.language_shift import LanguageShift
 
 ATTACHMENT = "_shifcon"
 """Name of the attribute by which an attached model, its decoder and some blocks reach their :class:`Attachment`."""
 
+NO_ROUTER = (
+    'language: got "auto"; the shift has no router, which is estimated with the subspaces of a stable space: '
+    "profile again without subspaces=False, or say the language"
+)
+
 Languages = str | tuple[str, ...]
-"""One code for every row of a batch, or one code a row."""
+"""One code for every row of a batch, or one code a row, or ``"auto"``: rows find their own."""
 
 
 class _Call(threading.local):
@@ -29,6 +35,8 @@ class _Call(threading.local):
     Attributes:
         suspended: no row is shifted while this is true.
         languages: of rows without ids, inside of ``ShiftHandle.use``.
+        routing: of the decoder's running forward, where its rows find their own language.
+        detected: language ids and probabilities of the last such forward, (B,) each.
         pending: ids given to a model whose head does not pass them on to the decoder, during its forward.
         current: prepared ids of the decoder's running forward, for blocks that are not passed them.
     """
@@ -36,6 +44,8 @@ class _Call(threading.local):
     def __init__(self) -> None:  # runs in every thread that looks
         self.suspended = False
         self.languages: Languages | None = None
+        self.routing: Routing | None = None
+        self.detected: tuple[Tensor, Tensor] | None = None
         self.pending: Tensor | None = None
         self.current: Tensor | None = None
 
@@ -52,6 +62,7 @@ class Attachment:
         forwards_kwargs: whether the decoder passes unknown keyword arguments on (see ``Architecture``).
         adapted: a module that knows which adapters are active; None where the shift follows none.
         languages: of rows without ids, in all threads.
+        threshold: how likely a language that rows find themselves must be, for them to be shifted.
         call: the state of the running calls, each thread's its own.
         warned: whether it was said that a call without ids runs unshifted.
         make_handle: what users control the model by, of the model and this.
@@ -63,6 +74,7 @@ class Attachment:
     make_handle: Callable[[nn.Module, Attachment], Any]
     adapted: Any = None
     languages: Languages | None = None
+    threshold: float = 0.9
     call: _Call = field(default_factory=_Call)
     warned: bool = False
     handle: weakref.ref[Any] | None = None
@@ -129,6 +141,27 @@ class Attachment:
             yield
         finally:
             self.call.languages = before
+
+    def route(
+        self, language_ids: Tensor | None, tokens: Tensor | None, arguments: Mapping[str, Any]
+    ) -> Routing | None:
+        """How the rows of a forward find their own language; None where it is said, or nothing is shifted.
+
+        Args:
+            language_ids, tokens: as for :meth:`prepare`.
+            arguments: the other ones of the decoder's forward.
+        """
+        call = self.call
+        languages = self.languages if call.languages is None else call.languages
+        if languages != AUTO or language_ids is not None or call.suspended or tokens is None:
+            return None
+        found = self.in_use()
+        if found is None or found[1].alpha == 0:
+            return None
+        first, shift = found
+        if shift.router is None:
+            raise ValueError(NO_ROUTER)
+        return Routing(shift, first, self.threshold, tokens, arguments)
 
     def prepare(self, language_ids: Tensor | None, tokens: Tensor | None) -> Tensor | None:
         """The rows of the tables for a batch: check ids, or make them, and map the pivot's to -1.
@@ -226,12 +259,18 @@ def checked_languages(languages: str | Sequence[str], shifts: Sequence[LanguageS
     Raises:
         ValueError: a code that no shift knows, or none at all.
     """
+    if languages == AUTO:
+        if not any(shift.router is not None for shift in shifts):
+            raise ValueError(NO_ROUTER)
+        return AUTO
     if isinstance(languages, str):
         for shift in shifts[:-1]:
             if find_language(languages, shift.languages) is not None:
                 return shift.languages[shift.language_id(languages)]
         return shifts[-1].languages[shifts[-1].language_id(languages)]
     codes = tuple(str(checked_languages(code, shifts)) for code in languages)
+    if AUTO in codes:
+        raise ValueError(f"language: got {list(codes)}; wanted {AUTO!r} alone, which finds each row's own")
     if not codes:
         raise ValueError("language: got none; wanted a language code, or one per row")
     return codes

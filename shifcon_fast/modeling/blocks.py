@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
+from shifcon_fast.modeling.attachment import ATTACHMENT
 from shifcon_fast.modeling.branches import Arguments, Norm
 from shifcon_fast.modeling.norms import NORM_COUNTS, Shift, add_norm, add_shift
 
@@ -68,8 +69,11 @@ def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | No
             f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, which "
             f"language_ids of shape {tuple(language_ids.shape)} do not fit: wanted (batch, tokens, hidden size)."
         )
+    counts, routing = block.__dict__[NORM_COUNTS], block.__dict__[ATTACHMENT].call.routing
+    if routing is not None and routing.block == counts.block:
+        routing.decide(hidden_states)
     if not torch.compiler.is_compiling():
-        block.__dict__[NORM_COUNTS].engaged["shift"] += 1
+        counts.engaged["shift"] += 1
     return Shift(table.to(hidden_states.device), language_ids.to(hidden_states.device))
 
 

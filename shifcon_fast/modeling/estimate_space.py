@@ -315,4 +315,5 @@ def _tokenizer_card(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "vocabulary_size": len(tokenizer),
         "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "bos_token": tokenizer.bos_token,
+        "special_ids": sorted(tokenizer.all_special_ids),
     }

@@ -30,11 +30,17 @@ class Shift:
 
 @dataclass
 class NormCounts:
-    """How often each norm site of one block ran through the operator, and why one did not; how often it shifted.
+    """How often each norm site of a block ran through the operator, and why one did not; how often it shifted.
 
     Nothing is counted while ``torch.compile`` traces: a counter there would be a guard, and recompile every step.
+
+    Attributes:
+        block: number of the block.
+        engaged: norm site, or ``"shift"`` → runs.
+        bypassed: norm site → why its module was called instead.
     """
 
+    block: int
     engaged: Counter[str] = field(default_factory=Counter)
     bypassed: dict[str, str] = field(default_factory=dict)
 

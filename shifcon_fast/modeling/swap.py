@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shifcon_fast.modeling.architectures import Architecture, architecture_of_class, shift_alone
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment
 from shifcon_fast.modeling.blocks import SHIFT_TABLE, block_forward
+from shifcon_fast.modeling.routing import Routing
 
 Modules = type[nn.Module]
 
@@ -134,16 +135,34 @@ def decoder_class(original: Any) -> Modules:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
+        routing = attachment.route(language_ids, tokens, kwargs)
+        if routing is not None:
+            return routed(self, routing, args, kwargs)
         ids = attachment.prepare(language_ids, tokens)
         if ids is None:
             return original.forward(self, *args, **kwargs)
+        return run(self, ids, args, kwargs)
+
+    def run(self: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attachment = self.__dict__[ATTACHMENT]
         if attachment.forwards_kwargs:
             return original.forward(self, *args, language_ids=ids, **kwargs)
-        call.current = ids
+        attachment.call.current = ids
         try:
             return original.forward(self, *args, **kwargs)
         finally:
-            call.current = None
+            attachment.call.current = None
+
+    def routed(self: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.__dict__[ATTACHMENT].call
+        call.routing = routing
+        try:
+            output = run(self, routing.ids, args, kwargs)
+        finally:
+            call.routing = None
+        routing.keep(kwargs, output)
+        call.detected = routing.detected or call.detected
+        return output
 
     named = _name_language_ids(forward, original)
     return _subclass(original, {"forward": named, "shifcon": property(_handle)}, decoder_class)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shifcon_fast.space.language_router import fit_router
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.subspace import (
     Subspace,
@@ -95,6 +96,9 @@ class SpaceAccumulator:
         self._ridge = torch.full((num_boundaries,), nan, dtype=torch.float64)
         self._floors = torch.full(shape, nan)
         self._split_distances = torch.full(shape, nan)
+        routed = subspaces and not batch_means  # whose representations are those of the tokens as they run
+        self._router_weight = torch.full((*shape, hidden_size), nan) if routed else None
+        self._router_bias = torch.full(shape, nan) if routed else None
         self._bases: dict[tuple[int, str], Tensor] = {}
         self._variances: dict[tuple[int, str], Tensor] = {}
         self._range: _RangeSums | None = None
@@ -187,6 +191,8 @@ class SpaceAccumulator:
             ridge=self._ridge if measured else None,
             floors=self._floors if measured else None,
             split_distances=self._split_distances if measured else None,
+            router_weight=self._router_weight,
+            router_bias=self._router_bias,
             card=dict(card or {}),
         )
 
@@ -216,6 +222,10 @@ class SpaceAccumulator:
         for language, subspace in subspaces.items():
             self._bases[boundary, language] = subspace.basis.float()
             self._variances[boundary, language] = subspace.variances.float()
+
+        if self._router_weight is not None and self._router_bias is not None:
+            router = fit_router(list(matrices.values()))
+            self._router_weight[boundary], self._router_bias[boundary] = router.weight, router.bias
 
         halves = {
             language: tuple(fit(x[half]) for half in split_halves(x.shape[0]))

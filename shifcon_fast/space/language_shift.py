@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shifcon_fast.data.languages import position_of
+from shifcon_fast.space.language_router import LanguageRouter
 
 Recipe = Literal["stable", "official"]
 
@@ -32,8 +33,10 @@ class LanguageShift:
         alpha: length of the shift, in language vector differences; finite.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f−1 and b−1, as the authors' code does.
-        provenance: JSON-able: where the vectors are from. ``model`` (with its ``fingerprint``), ``sentences``
-            (language → count) and ``max_length`` are used again; the rest is for readers.
+        provenance: JSON-able: where the vectors are from. ``model`` (with its ``fingerprint``), ``tokenizer``
+            (with its ``special_ids``), ``sentences`` (language → count) and ``max_length`` are used again; the rest
+            is for readers.
+        router: tells which language a text is in, from its representation at f; None where none was estimated.
 
     Raises:
         ValueError, TypeError: languages twice, a pivot that is none of them, boundaries out of order or range, an
@@ -50,6 +53,7 @@ class LanguageShift:
     alpha: float = 1.0
     recipe: Recipe = "stable"
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    router: LanguageRouter | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(set(self.languages)) != len(self.languages):
@@ -63,6 +67,10 @@ class LanguageShift:
         if self.vectors.dim() != 3 or self.vectors.shape[:2] != (2, count):
             raise ValueError(
                 f"vectors: got shape {tuple(self.vectors.shape)}; wanted (2, {count} languages, d)"
+            )
+        if self.router is not None and self.router.weight.shape != self.vectors.shape[1:]:
+            raise ValueError(
+                f"router: got weight {tuple(self.router.weight.shape)}; wanted {tuple(self.vectors.shape[1:])}"
             )
         if self.median_norm.shape != (2, count):
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.space import space_folder, sweep_result
+from shifcon_fast.space.language_router import LanguageRouter
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, check_area
 from shifcon_fast.space.subspace import Subspace, subspace_distance
 from shifcon_fast.space.sweep_result import AreaSweep
@@ -41,6 +42,8 @@ class LanguageSpace:
         ridge: (L,) float64, ε of the subspace distance at each boundary.
         floors: (L, K) float32, distance between two halves of the same language.
         split_distances: (L, K) float32, distance of a language to the pivot between such halves.
+        router_weight, router_bias: (L, K, d) and (L, K) float32, which language a text is in, from its
+            representation (:class:`.LanguageRouter`); None for the official recipe, whose representations differ.
         card: JSON-able: "model" (its fingerprint), "tokenizer", "versions", "recipe", "rank", "variance".
         sweep: what the shift does at candidate areas, where that was measured; ``recommend_area`` goes by it.
     """
@@ -57,6 +60,8 @@ class LanguageSpace:
     ridge: Tensor | None = None
     floors: Tensor | None = None
     split_distances: Tensor | None = None
+    router_weight: Tensor | None = None
+    router_bias: Tensor | None = None
     card: dict[str, Any] = field(default_factory=dict, repr=False)
     sweep: AreaSweep | None = field(default=None, repr=False)
 
@@ -79,6 +84,8 @@ class LanguageSpace:
             "ridge": (boundaries,),
             "floors": (boundaries, k),
             "split_distances": (boundaries, k),
+            "router_weight": (boundaries, k, d),
+            "router_bias": (boundaries, k),
         }
         for name, shape in wanted.items():
             value = getattr(self, name)
@@ -159,7 +166,13 @@ class LanguageSpace:
                 "sentences": self.counts,
                 "vectors_sha256": self.vectors_sha256,
             },
+            router=self._router(forward) if recipe == "stable" else None,
         )
+
+    def _router(self, boundary: int) -> LanguageRouter | None:
+        if self.router_weight is None or self.router_bias is None:
+            return None
+        return LanguageRouter(self.router_weight[boundary], self.router_bias[boundary])
 
     def shift_vectors(self, boundary: int) -> Tensor:
         """(K, d) float32: v(pivot) − v(l) at a boundary, the shift toward; exactly 0 for the pivot."""

@@ -18,7 +18,13 @@ CARD = "language_space.json"
 FORMAT = "shifcon_fast.language_space"
 FORMAT_VERSION = 1
 REQUIRED_TENSORS = ("mean", "rms", "median_norm", "sink_share")
-OPTIONAL_TENSORS = ("ridge", "floors", "split_distances")  # absent where subspaces were not estimated
+OPTIONAL_TENSORS = (  # absent where subspaces were not estimated
+    "ridge",
+    "floors",
+    "split_distances",
+    "router_weight",
+    "router_bias",
+)
 
 
 class TensorFile(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,4 +84,5 @@ def estimate_again(
         recipe=shift.recipe,
         progress=progress,
     )
-    return space.shift(shift.forward, shift.backward, shift.alpha, shift.recipe)
+    estimated = space.shift(shift.forward, shift.backward, shift.alpha, shift.recipe)
+    return replace(estimated, router=shift.router)  # which needs the sentences themselves, as subspaces do

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, with_config
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
+from shifcon_fast.space.language_router import LanguageRouter
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.space_folder import Origin
 from shifcon_fast.storage import read_metadata, read_tensors
@@ -19,7 +20,15 @@ from shifcon_fast.storage import read_metadata, read_tensors
 SHIFT = "shift.safetensors"
 _TABLES = ("forward", "backward")
 _MEDIANS = "median_norm"
+_ROUTER = ("router_weight", "router_bias")
 _PROVENANCE = "provenance"
+
+
+@with_config(ConfigDict(extra="allow"))
+class Tokenizer(TypedDict, total=False):
+    """The tokenizer that the texts were read by."""
+
+    special_ids: list[int]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -27,6 +36,7 @@ class ShiftProvenance(TypedDict, total=False):
     """Where a shift is from: what is used again; the rest is for readers."""
 
     model: Origin
+    tokenizer: Tokenizer
     sentences: dict[str, int]
     max_length: int | None
 
@@ -35,6 +45,8 @@ def write_shift(folder: Path, shift: LanguageShift) -> None:
     """Write the file; what the tables are tables of, area, languages and pivot, is in the run's card."""
     tensors = {name: vectors.contiguous() for name, vectors in zip(_TABLES, shift.vectors, strict=True)}
     metadata = {"format": "pt", _PROVENANCE: json.dumps(dict(shift.provenance), ensure_ascii=False)}
+    if shift.router is not None:
+        tensors |= {_ROUTER[0]: shift.router.weight.contiguous(), _ROUTER[1]: shift.router.bias.contiguous()}
     save_file({**tensors, _MEDIANS: shift.median_norm.contiguous()}, folder / SHIFT, metadata)
 
 
@@ -67,6 +79,9 @@ def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
             alpha=card["alpha"],
             recipe=card["recipe"],
             provenance=provenance,
+            router=LanguageRouter(*(tensors[name].float() for name in _ROUTER))
+            if _ROUTER[0] in tensors
+            else None,
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not fit the card beside it: {error}") from error
