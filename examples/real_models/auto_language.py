@@ -4,7 +4,8 @@
     python examples/real_models/auto_language.py gemma-3-270m --parallel ntrex128.jsonl --test flores200.jsonl
 
 Estimates a language space on the first rows of one multi-parallel file, attaches in the middle third, and has the
-model tell the language of the rows of another file (which is for evaluation only), whole and cut to their first words.
+model tell the language of the rows of another file (which is for evaluation only), whole and cut to their first
+words.
 Writes ``auto-MODEL.json``: by language, the share that was found among all rows, the share of rows that reached the
 threshold, and the share of those that were right. The cost is the time of a pass in which rows look, over one in
 which their language is said, in turns.
