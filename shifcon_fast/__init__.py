@@ -13,6 +13,7 @@ from shifcon_fast.version import __version__
 if TYPE_CHECKING:
     from shifcon_fast import ops as ops
     from shifcon_fast.evaluation.sweep import sweep_area as sweep_area
+    from shifcon_fast.lm_eval_model import ShifConLM as ShifConLM
     from shifcon_fast.modeling.attach import attach as attach
     from shifcon_fast.modeling.estimate_space import estimate_space as estimate_space
     from shifcon_fast.objective.mcl import mcl_loss as mcl_loss
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LanguageSpace": "shifcon_fast.space.language_space",
     "ShifConArguments": "shifcon_fast.training.arguments",
+    "ShifConLM": "shifcon_fast.lm_eval_model",
     "ShifConSFTConfig": "shifcon_fast.training.sft",
     "ShifConSFTTrainer": "shifcon_fast.training.sft",
     "ShifConTrainer": "shifcon_fast.training.trainer",

@@ -375,6 +375,20 @@ def export(
     )
 
 
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """Measure a run with lm-evaluation-harness: its own command, which knows `--model shifcon` here.
+
+        shifcon lm-eval --model_args pretrained=run/,language=sw --tasks mgsm_direct_sw
+
+    Everything but --help is passed on; `lm_eval run --help` lists it. language= is that of the tasks; the pivot's
+    gives the unshifted model. `--model` need not be said; `--model hf` measures other models, as ever.
+    """
+    from shifcon_fast.lm_eval_model import run_command
+
+    run_command(context.args)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, an evaluation or a profile.")],

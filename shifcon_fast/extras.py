@@ -15,6 +15,7 @@ EXTRAS = {
     "data": ("datasets", "pyarrow"),
     "gguf": ("gguf", "llama_cpp_py_sync"),
     "trl": ("trl",),
+    "lm-eval": ("lm_eval",),
 }
 """Extra → the modules of the packages that it installs (``pyproject.toml`` has the same)."""
 

@@ -13,7 +13,7 @@ from shifcon_fast.notices import warn_once
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import load, read_card
+from shifcon_fast.training.run_folder import RunCard, load, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,22 @@ def open_model(
         return model, tokenizer
     card = read_card(name)
     model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
-    source = name if (Path(name) / "tokenizer_config.json").is_file() else base or card["base_model"]
+    return model, run_tokenizer(name, card, base=base, trust_remote_code=trust_remote_code)
+
+
+def run_tokenizer(
+    folder: str, card: RunCard, *, base: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a run with this card, or that of its base; its prompts look as they did in training.
+
+    Raises:
+        ValueError: there is none that can be loaded.
+    """
+    source = folder if (Path(folder) / "tokenizer_config.json").is_file() else base or card["base_model"]
     tokenizer = load_tokenizer(source, trust_remote_code)
     if not card["training"].get("use_chat_template", True):
-        tokenizer.chat_template = None  # so that prompts look as they did in training
-    return model, tokenizer
+        tokenizer.chat_template = None
+    return tokenizer
 
 
 def _end_turns_as_the_template_does(name: str, model: Any, tokenizer: Any) -> None:

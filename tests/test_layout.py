@@ -17,7 +17,7 @@ FLOORS = (
     {"objective"},
     {"training", "evaluation", "export"},
     {"opening", "tables", "demo", "doctor"},
-    {"workflow"},
+    {"workflow", "lm_eval_model"},
     {"cli_options", "console"},
     {"cli"},
     {"__main__"},
