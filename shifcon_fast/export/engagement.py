@@ -22,7 +22,7 @@ class Engagement:
     """What the check found, in logits.
 
     Attributes:
-        effect: the largest change that the shift makes.
+        effect: the largest change that the shift makes; 0 for an export that leaves it out.
         error: the largest difference between the exported and the attached model.
     """
 
@@ -30,9 +30,8 @@ class Engagement:
     error: float
 
     def __str__(self) -> str:
-        return (
-            f"the shift moves logits by up to {self.effect:.3g}; the export is off by up to {self.error:.2g}"
-        )
+        off = f"the export is off by up to {self.error:.2g}"
+        return f"the shift moves logits by up to {self.effect:.3g}; {off}" if self.effect else off
 
 
 def probe_tokens(model: Any) -> Tensor:

@@ -164,3 +164,19 @@ def test_what_is_no_run_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> Non
     code, text = export(tiny_checkpoint, "--to", "peft", "--output", tmp_path)
     assert code == 2
     assert "is no run; wanted the folder that `shifcon train` wrote" in text
+
+
+def test_runs_without_a_shift_are_merged_and_nothing_else(
+    model: Any, adapted: Callable[..., Any], tiny_checkpoint: Path, word_tokenizer: Any, tmp_path: Path
+) -> None:
+    save_run(tmp_path / "off", model, RunState(handle=model.shifcon, shifted=False, tokenizer=word_tokenizer))
+    plain = adapted(AutoModelForCausalLM.from_pretrained(tiny_checkpoint))
+    save_run(tmp_path / "plain", plain, RunState(tokenizer=word_tokenizer))
+    for run, message in (("off", "trained without the shift"), ("plain", "has no shift to export")):
+        code, text = export(tmp_path / run, "--to", "peft", "--output", tmp_path / "out")
+        assert code == 2
+        assert message in text
+        code, text = export(tmp_path / run, "--to", "merged", "--without-shift", "--output", tmp_path / "out")
+        assert code == 0, text
+        assert "unshifted: the shift moves" not in text
+        assert (tmp_path / "out" / "unshifted" / "model.safetensors").is_file()
