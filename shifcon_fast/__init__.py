@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shifcon_fast.space.area import recommend_area as recommend_area
     from shifcon_fast.space.language_space import LanguageSpace as LanguageSpace
     from shifcon_fast.training.arguments import ShifConArguments as ShifConArguments
+    from shifcon_fast.training.dpo import ShifConDPOTrainer as ShifConDPOTrainer
     from shifcon_fast.training.quantization import load_quantized as load_quantized
     from shifcon_fast.training.run_folder import load as load
     from shifcon_fast.training.sft import ShifConSFTConfig as ShifConSFTConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LanguageSpace": "shifcon_fast.space.language_space",
     "ShifConArguments": "shifcon_fast.training.arguments",
+    "ShifConDPOTrainer": "shifcon_fast.training.dpo",
     "ShifConLM": "shifcon_fast.lm_eval_model",
     "ShifConSFTConfig": "shifcon_fast.training.sft",
     "ShifConSFTTrainer": "shifcon_fast.training.sft",

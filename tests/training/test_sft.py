@@ -320,9 +320,23 @@ def test_an_attached_model_in_plain_sft_is_warned_of(
     )
     with pytest.warns(UserWarning, match="runs unshifted"):
         trainer.train()
+    assert model.shifcon.engagements[1]["shift"] == model.shifcon.engagements[3]["shift"] == 0
+    # Where all rows are in one language, saying it is enough.
+    model.shifcon.language = "sw"
+    trainer.train()
+    assert model.shifcon.engagements[1]["shift"] == model.shifcon.engagements[3]["shift"] > 0
 
 
-def test_ours_is_not_warned_of(make_sft: Callable[..., ShifConSFTTrainer]) -> None:
+def test_ours_is_not_warned_of_and_counts_its_shifts(make_sft: Callable[..., ShifConSFTTrainer]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*unshifted")
-        make_sft(packing=True, max_length=40).train()
+        trainer = make_sft(packing=True, max_length=40, gradient_accumulation_steps=1)
+        trainer.handle.reset_engagements()
+        trainer.train()
+    # One batch, and once more when checkpointing recomputes the blocks.
+    assert {
+        block: sites["shift"] for block, sites in trainer.handle.engagements.items() if "shift" in sites
+    } == {
+        1: 2,
+        3: 2,
+    }
