@@ -13,7 +13,8 @@ from shifcon_fast.notices import warn_once
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import RunCard, load, read_card
+from shifcon_fast.training.run_card import RunCard, read_card
+from shifcon_fast.training.run_folder import load
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from shifcon_fast.storage import sha256_file, write_json
 from shifcon_fast.training.attaching import check_same_run
 from shifcon_fast.training.checkpoints import list_checkpoints
 from shifcon_fast.training.config import parse_config
-from shifcon_fast.training.run_folder import RunState, read_card, save_run
+from shifcon_fast.training.run_card import read_card
+from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.shift_file import read_shift
 from shifcon_fast.training.trainer import load_vectors
 

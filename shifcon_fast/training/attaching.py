@@ -15,7 +15,7 @@ from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.adapter_files import active_adapter
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, read_trainer_state
-from shifcon_fast.training.run_folder import read_card
+from shifcon_fast.training.run_card import read_card
 
 logger = logging.getLogger(__name__)
 

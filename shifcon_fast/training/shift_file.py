@@ -51,7 +51,7 @@ def write_shift(folder: Path, shift: LanguageShift) -> None:
 
 
 def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
-    """The shift of a run with this card (``run_folder.RunCard``); None for a plain run without one.
+    """The shift of a run with this card (``run_card.RunCard``); None for a plain run without one.
 
     Raises:
         ValueError: tensors that are missing, or of other shapes than the card says; the message names the file.

@@ -21,7 +21,8 @@ from shifcon_fast.training.attaching import choose_area
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
 from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import ADAPTER, FILES, PROFILE
+from shifcon_fast.training.run_card import ADAPTER
+from shifcon_fast.training.run_folder import FILES, PROFILE
 from shifcon_fast.training.trainer import ShifConTrainer
 from shifcon_fast.workflow.evaluate_model import BESIDE_EVALUATION
 

@@ -27,7 +27,7 @@ from transformers import (
 import shifcon_fast as sf
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.notices import warn_once
-from shifcon_fast.training import run_folder
+from shifcon_fast.training import run_card, run_folder
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.shift_file import write_shift
 from shifcon_fast.training.trainer import ShifConTrainer
@@ -78,7 +78,7 @@ def test_who_loads_the_shift_too_is_not_warned(
             resume_from_checkpoint=run[0] / "checkpoint-2"
         )
         make_trainer(folder="unshifted", shift=False).save_model()
-        unshifted = load_quantized(run_folder.read_card(run[0])["base_model"], quantization="none")
+        unshifted = load_quantized(run_card.read_card(run[0])["base_model"], quantization="none")
         PeftModel.from_pretrained(unshifted, tmp_path / "unshifted")  # loses nothing
 
 
@@ -127,7 +127,7 @@ def test_a_run_stops_where_its_turns_end(
     learnt = trainer.train_dataset[0]["labels"]
     assert token in learnt
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):
-        assert run_folder.read_card(folder)["end_of_turn"] == [token]
+        assert run_card.read_card(folder)["end_of_turn"] == [token]
         stops = list(dict.fromkeys([token, own]))
         assert GenerationConfig.from_pretrained(folder).eos_token_id == stops
         loaded = sf.load(folder)
@@ -155,7 +155,7 @@ def test_a_run_without_an_end_says_so(
         trainer = make_trainer(processing_class=tokenizer)
     trainer.save_model()
     assert caplog.text.count("Nothing ends a response") == 1
-    assert run_folder.read_card(tmp_path / "run")["end_of_turn"] == []
+    assert run_card.read_card(tmp_path / "run")["end_of_turn"] == []
     assert sf.load(tmp_path / "run").generation_config.eos_token_id == [2]  # the base model's own
 
 
@@ -276,7 +276,7 @@ def test_unshifted_run_is_attached_without_effect(
 def test_quantised_run_round_trip(make_trainer: Callable[..., ShifConTrainer], tmp_path: Path) -> None:
     trainer = make_trainer(quantization="nf4")
     trainer.train()
-    assert run_folder.read_card(tmp_path / "run")["quantization"] == "nf4"
+    assert run_card.read_card(tmp_path / "run")["quantization"] == "nf4"
     loaded = sf.load(tmp_path / "run")
     ids = loaded.shifcon.language_ids(["tr", "sw"])
     with torch.no_grad():
