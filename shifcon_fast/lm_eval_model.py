@@ -21,7 +21,8 @@ from shifcon_fast.data.languages import position_of
 from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.opening import is_run, run_tokenizer
-from shifcon_fast.training.run_folder import RunCard, load, read_card
+from shifcon_fast.training.run_card import RunCard, read_card
+from shifcon_fast.training.run_folder import load
 from shifcon_fast.version import package_versions
 
 with needed_for("lm-evaluation-harness's --model shifcon"):
