@@ -115,7 +115,13 @@ def _merge(copied: Any, name: str) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         copied.save_pretrained(folder, selected_adapters=[name])
         base = copied.unload()
-        base = base.dequantize(dtype=base.get_input_embeddings().weight.dtype)
+        try:
+            base = base.dequantize(dtype=base.get_input_embeddings().weight.dtype)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{_TARGET}: the base model's weights cannot be written out in full ({error}); --to peft leaves them "
+                "as they are, and --quantization none merges where the unquantised model is at hand (--base)"
+            ) from error
         saved = folder if name == "default" else str(Path(folder) / name)
         adapted = peft.PeftModel.from_pretrained(base, saved)
         return adapted.merge_and_unload(safe_merge=True)

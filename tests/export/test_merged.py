@@ -131,6 +131,23 @@ def test_quantised_weights_are_written_out(
     assert model.get_base_model().is_quantized
 
 
+def test_weights_that_cannot_be_dequantised_are_refused_with_advice(
+    attached: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = attached("llama")
+
+    class Stuck:
+        """A quantizer of transformers without a way back."""
+
+        def dequantize(self, model: Any, dtype: Any = None) -> Any:
+            raise NotImplementedError("awq has no implementation of `dequantize`")
+
+    model.get_base_model().hf_quantizer = Stuck()
+    with pytest.raises(ValueError, match=r"cannot be written out in full \(awq.*--to peft leaves them"):
+        export_merged(model, "sw", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_generation_settings_that_transformers_refuses_to_write(
     attached: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
