@@ -119,7 +119,7 @@ def _merge(copied: Any, name: str) -> PreTrainedModel:
             base = base.dequantize(dtype=base.get_input_embeddings().weight.dtype)
         except NotImplementedError as error:
             raise ValueError(
-                f"{_TARGET}: the base model's weights cannot be written out in full ({error}); --to peft leaves them "
+                f"{_TARGET}: the base weights cannot be written out in full ({error}); --to peft leaves them "
                 "as they are, and --quantization none merges where the unquantised model is at hand (--base)"
             ) from error
         saved = folder if name == "default" else str(Path(folder) / name)
