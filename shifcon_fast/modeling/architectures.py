@@ -8,9 +8,7 @@ add one.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,8 +17,7 @@ from torch import nn
 
 from shifcon_fast.modeling import branches
 from shifcon_fast.modeling.branches import FeedForward, Finish, Mixer
-
-logger = logging.getLogger(__name__)
+from shifcon_fast.notices import warn_once
 
 Layout = Literal["pre_norm", "sandwich", "post_norm", "shift_only"]
 
@@ -283,8 +280,13 @@ def locate_decoder(model: nn.Module) -> Decoder:
     found = [*_decoders(model, _known)] or [*_decoders(model, _unknown)]
     if len(found) == 1:
         (decoder,) = found
-        if decoder.architecture.after_blocks is None:
-            _say_unknown(decoder.architecture)
+        row = decoder.architecture
+        if row.after_blocks is None:
+            warn_once(
+                f"The architecture {row.model_type!r} ({row.block}) is not in the table of docs/architectures.md: "
+                f"it gets the shift alone, added to what enters each of the decoder's {row.blocks!r}; its norms stay "
+                "its own. This is right where a block's first input is the residual stream."
+            )
         return decoder
     known = ", ".join(f"{row.model_type} ({row.block})" for row in ARCHITECTURES.values())
     if found:
@@ -343,15 +345,3 @@ def _has_token_embedding(owner: Any) -> bool:
 def _first_parameter(block: Any) -> str | None:
     parameters = list(inspect.signature(block.forward).parameters)
     return parameters[1] if len(parameters) > 1 else None
-
-
-@functools.cache
-def _say_unknown(row: Architecture) -> None:
-    logger.warning(
-        "The architecture %r (%s) is not in the table of docs/architectures.md: it gets the shift alone, added to "
-        "what enters each of the decoder's %r. Its norms stay its own. This is right where a block's first input "
-        "is the residual stream.",
-        row.model_type,
-        row.block,
-        row.blocks,
-    )

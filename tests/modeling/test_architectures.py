@@ -21,12 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from shifcon_fast.modeling.architectures import (
     ARCHITECTURES,
     Architecture,
-    _say_unknown,
     architecture_of,
     locate_decoder,
 )
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.notices import warn_once
 
 BY_TYPE = {row.model_type: row for row in ARCHITECTURES.values()}
 _TINY = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
@@ -76,9 +76,9 @@ def test_the_decoder_is_found_inside_wrappers(architecture, tiny_model):
 
 @pytest.fixture
 def said_anew():
-    _say_unknown.cache_clear()
+    warn_once.cache_clear()
     yield
-    _say_unknown.cache_clear()
+    warn_once.cache_clear()
 
 
 # Block lists of several names; blocks of two kinds in one list; with and without keyword arguments; tuples or not.
