@@ -284,8 +284,8 @@ def locate_decoder(model: nn.Module) -> Decoder:
         if row.after_blocks is None:
             warn_once(
                 f"The architecture {row.model_type!r} ({row.block}) is not in the table of docs/architectures.md: "
-                f"it gets the shift alone, added to what enters each of the decoder's {row.blocks!r}; its norms stay "
-                "its own. This is right where a block's first input is the residual stream."
+                f"it gets the shift alone, added to what enters each of the decoder's {row.blocks!r}; its norms "
+                "stay its own. This is right where a block's first input is the residual stream."
             )
         return decoder
     known = ", ".join(f"{row.model_type} ({row.block})" for row in ARCHITECTURES.values())
