@@ -29,7 +29,7 @@ from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkp
 from shifcon_fast.training.contrastive_data import make_sampler
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
-from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
+from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
@@ -41,7 +41,7 @@ from shifcon_fast.training.training_data import TrainingData, read_training_data
 logger = logging.getLogger(__name__)
 
 
-class ShifConTrainer(Trainer):
+class ShifConTrainer(LanguageLog, Trainer):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
     What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
@@ -118,9 +118,7 @@ class ShifConTrainer(Trainer):
         stop_at(model, self._end_of_turn)
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
         self._meter = LossMeter()
-        self._language_losses = {
-            mode: LanguageLosses(self._data.languages) for mode in ("training", "evaluation")
-        }
+        self._start_language_log(self._data.languages)
         self._interrupt = InterruptOnce()
         self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
@@ -196,30 +194,6 @@ class ShifConTrainer(Trainer):
             total = total + self.args.w_mcl * shares["loss_contrastive"]
         return (total, outputs) if return_outputs else total
 
-    def _generation_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
-    ) -> tuple[Any, Any, TokenLosses | None]:
-        """L_gen of a micro-batch, the model's outputs, and L_gen by token for ``language_losses``."""
-        labels = inputs.get("labels")
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not self.args.language_losses or labels is None:
-            return loss, outputs, None
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if logits is None:
-            warn_once(
-                "No losses by language: the model gives no logits (a fused loss such as Liger's does not). "
-                "language_losses=False says that this is meant."
-            )
-            return loss, outputs, None
-        return loss, outputs, token_losses(logits, labels)
-
-    def _add_language_losses(self, tokens: TokenLosses, language_ids: Tensor, *, training: bool) -> None:
-        losses = self._language_losses["training" if training else "evaluation"]
-        rows = losses.rows(tokens, language_ids)
-        if not training and self.args.world_size > 1:
-            rows = self.accelerator.gather_for_metrics(rows)  # without the rows that fill up the last batch
-        losses.add(rows)
-
     def _contrastive_loss(self, model: Any, batch: ContrastiveBatch) -> Tensor:
         assert self.handle is not None
         return mcl_loss(
@@ -247,8 +221,7 @@ class ShifConTrainer(Trainer):
         """
         if "loss" in logs:
             logs.update(self._meter.drain(lambda total: self.accelerator.gather(total).mean()))
-            means = self._language_losses["training"].drain(self._sum_over_processes)
-            logs.update({f"loss_generation_{language}": mean for language, mean in means.items()})
+            logs.update(self._training_means())
         super().log(logs, start_time)
 
     def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
@@ -313,15 +286,6 @@ class ShifConTrainer(Trainer):
             return self._evaluate_by_language(*args, **kwargs)
         finally:
             self.handle.set_shift(before)
-
-    def _evaluate_by_language(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer.evaluation_loop``, with ``eval_loss_{language}``, the mean over the language's tokens."""
-        losses = self._language_losses["evaluation"] = LanguageLosses(self._data.languages)
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        means = losses.drain(lambda sums: sums)  # every process has those of all
-        output.metrics.update({f"{prefix}_loss_{language}": mean for language, mean in means.items()})
-        return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As ``Trainer``'s, for data in any form that the trainer takes."""

@@ -131,6 +131,26 @@ def test_an_unshifted_run_has_them_too_and_names_the_datas_languages(
         assert metrics[f"eval_loss_{language}"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_metrics_are_computed_for_each_language_too(
+    make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction]
+) -> None:
+    def accuracy(prediction: Any) -> dict[str, float]:
+        labels = prediction.label_ids[:, 1:]
+        right = prediction.predictions[:, :-1].argmax(-1) == labels
+        return {"right": int(right[labels != -100].sum()), "tokens": int((labels != -100).sum())}
+
+    trainer = make_trainer(eval_dataset=instructions[:7], per_device_eval_batch_size=3, **QUICK)
+    trainer.compute_metrics = accuracy
+    metrics = trainer.evaluate()
+    sums = naive(trainer, trainer.eval_dataset)
+    assert {language: metrics[f"eval_tokens_{language}"] for language in sums} == {
+        language: tokens for language, (_, tokens) in sums.items()
+    }
+    assert metrics["eval_tokens"] == sum(tokens for _, tokens in sums.values())
+    assert metrics["eval_right"] == sum(metrics[f"eval_right_{language}"] for language in sums)
+    assert trainer.compute_metrics is accuracy
+
+
 def test_they_can_be_left_out(make_trainer: Callable[..., ShifConTrainer]) -> None:
     trainer = make_trainer(language_losses=False, max_steps=1, **QUICK)
     trainer.train()
