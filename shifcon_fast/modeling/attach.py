@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
-from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, checked_languages, unshifted
+from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
+from shifcon_fast.modeling.spoken import Spoken, spoken
 from shifcon_fast.modeling.swap import (
     HANDLES,
     block_class,
@@ -122,7 +123,7 @@ class ShiftHandle:
     def shift(self) -> LanguageShift:
         """The shift in use: the active adapter's; the first one where the active adapter has none."""
         found = self._attachment.in_use()
-        return found[1] if found is not None else next(iter(self.shifts.values()))
+        return found.shift if found is not None else next(iter(self.shifts.values()))
 
     @property
     def shifts(self) -> Mapping[str | None, LanguageShift]:
@@ -170,12 +171,12 @@ class ShiftHandle:
             ValueError: when it is set to a code that no shift knows, the known ones are listed; to ``"auto"`` where
                 no shift has a router (of spaces without subspaces, and of the official recipe).
         """
-        return self._attachment.languages
+        spoken = self._attachment.spoken
+        return None if spoken is None else spoken.languages
 
     @language.setter
     def language(self, languages: str | Sequence[str] | None) -> None:
-        known = list(self.shifts.values())
-        self._attachment.languages = None if languages is None else checked_languages(languages, known)
+        self._attachment.spoken = None if languages is None else self._spoken(languages)
 
     @property
     def threshold(self) -> float:
@@ -209,8 +210,11 @@ class ShiftHandle:
         Raises:
             ValueError: a code that no shift knows; the known ones are listed.
         """
-        with self._attachment.use(checked_languages(languages, list(self.shifts.values()))):
+        with self._attachment.use(self._spoken(languages)):
             yield
+
+    def _spoken(self, languages: str | Sequence[str]) -> Spoken:
+        return spoken(languages, list(self.shifts.values()))
 
     def language_ids(
         self, languages: str | Sequence[str], device: torch.device | str | None = None
@@ -229,7 +233,7 @@ class ShiftHandle:
 
     def shift_table(self, block: int) -> Tensor | None:
         """(K, d) float32, what the shift in use adds at the input of a block; None where it adds nothing."""
-        first, shift = self._attachment.in_use() or (0, self.shift)
+        _, first, shift = self._attachment.in_use() or (0, 0, self.shift)
         table = self._decoder.blocks[block]._buffers.get(SHIFT_TABLE)
         if table is None or block not in shift.blocks:
             return None
@@ -274,6 +278,8 @@ class ShiftHandle:
         adapted = _adapted_module(self._decoder.module, adapter)
         self._attachment.shifts[adapter] = shift
         self._attachment.adapted = adapted
+        if self.language is not None:
+            self.language = self.language  # in the new shift's ids too
         _put_tables(self._decoder, self._attachment)
 
     def _require_attached(self) -> None:

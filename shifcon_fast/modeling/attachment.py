@@ -5,28 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from shifcon_fast.data.languages import find_language
-from shifcon_fast.modeling.routing import AUTO, Routing
+from shifcon_fast.modeling.routing import Routing
+from shifcon_fast.modeling.spoken import NO_ROUTER, Spoken
 from shifcon_fast.space.language_shift import LanguageShift
 
 ATTACHMENT = "_shifcon"
 """Name of the attribute by which an attached model, its decoder and some blocks reach their :class:`Attachment`."""
-
-NO_ROUTER = (
-    'language: got "auto"; the shift has no router, which is estimated with the subspaces of a stable space: '
-    "profile again without subspaces=False, or say the language"
-)
-
-Languages = str | tuple[str, ...]
-"""One code for every row of a batch, or one code a row, or ``"auto"``: rows find their own."""
 
 
 class _Call(threading.local):
@@ -34,7 +26,7 @@ class _Call(threading.local):
 
     Attributes:
         suspended: no row is shifted while this is true.
-        languages: of rows without ids, inside of ``ShiftHandle.use``.
+        spoken: languages of rows without ids, inside of ``ShiftHandle.use``.
         routing: of the decoder's running forward, where its rows find their own language.
         detected: language ids and probabilities of the last such forward, (B,) each.
         pending: ids given to a model whose head does not pass them on to the decoder, during its forward.
@@ -43,7 +35,7 @@ class _Call(threading.local):
 
     def __init__(self) -> None:  # runs in every thread that looks
         self.suspended = False
-        self.languages: Languages | None = None
+        self.spoken: Spoken | None = None
         self.routing: Routing | None = None
         self.detected: tuple[Tensor, Tensor] | None = None
         self.pending: Tensor | None = None
@@ -51,6 +43,14 @@ class _Call(threading.local):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copy of the model is in no call
+
+
+class InUse(NamedTuple):
+    """A shift, its number among those of the model, and its first row in the tables."""
+
+    number: int
+    first: int
+    shift: LanguageShift
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Attachment:
         shifts: adapter → the shift it was trained with; None → a shift whatever the adapter.
         forwards_kwargs: whether the decoder passes unknown keyword arguments on (see ``Architecture``).
         adapted: a module that knows which adapters are active; None where the shift follows none.
-        languages: of rows without ids, in all threads.
+        spoken: languages of rows without ids, in all threads.
         threshold: how likely a language that rows find themselves must be, for them to be shifted.
         call: the state of the running calls, each thread's its own.
         warned: whether it was said that a call without ids runs unshifted.
@@ -73,7 +73,7 @@ class Attachment:
     forwards_kwargs: bool
     make_handle: Callable[[nn.Module, Attachment], Any]
     adapted: Any = None
-    languages: Languages | None = None
+    spoken: Spoken | None = None
     threshold: float = 0.9
     call: _Call = field(default_factory=_Call)
     warned: bool = False
@@ -90,21 +90,21 @@ class Attachment:
             self.handle = weakref.ref(handle)
         return handle
 
-    def in_use(self) -> tuple[int, LanguageShift] | None:
-        """The shift of the active adapter with its first row in the tables; None where that adapter has none.
+    def in_use(self) -> InUse | None:
+        """The shift of the active adapter; None where that has none.
 
         Raises:
             ValueError: several adapters with a shift are active.
         """
         first, found = 0, None
-        for adapter, shift in self.shifts.items():
+        for number, (adapter, shift) in enumerate(self.shifts.items()):
             if adapter is None or self._is_active(adapter):
                 if found is not None:
                     raise ValueError(
                         f"model: the adapters {', '.join(map(repr, self.shifts))} are active and each has a shift "
                         "of its own; wanted one of them: call model.set_adapter(name)"
                     )
-                found = first, shift
+                found = InUse(number, first, shift)
             first += len(shift.languages)
         return found
 
@@ -133,14 +133,14 @@ class Attachment:
             self.call.suspended = before
 
     @contextmanager
-    def use(self, languages: Languages) -> Iterator[None]:
+    def use(self, spoken: Spoken) -> Iterator[None]:
         """Rows without ids in this thread's calls inside are of these languages."""
-        before = self.call.languages
-        self.call.languages = languages
+        before = self.call.spoken
+        self.call.spoken = spoken
         try:
             yield
         finally:
-            self.call.languages = before
+            self.call.spoken = before
 
     def route(
         self, language_ids: Tensor | None, tokens: Tensor | None, arguments: Mapping[str, Any]
@@ -152,24 +152,29 @@ class Attachment:
             arguments: the other ones of the decoder's forward.
         """
         call = self.call
-        languages = self.languages if call.languages is None else call.languages
-        if languages != AUTO or language_ids is not None or call.suspended or tokens is None:
+        spoken = self.spoken if call.spoken is None else call.spoken
+        if (
+            language_ids is not None
+            or call.suspended
+            or tokens is None
+            or spoken is None
+            or not spoken.is_auto
+        ):
             return None
         found = self.in_use()
-        if found is None or found[1].alpha == 0:
+        if found is None or found.shift.alpha == 0:
             return None
-        first, shift = found
-        if shift.router is None:
+        if found.shift.router is None:
             raise ValueError(NO_ROUTER)
-        return Routing(shift, first, self.threshold, tokens, arguments)
+        return Routing(found.shift, found.first, self.threshold, tokens, arguments)
 
     def prepare(self, language_ids: Tensor | None, tokens: Tensor | None) -> Tensor | None:
         """The rows of the tables for a batch: check ids, or make them, and map the pivot's to -1.
 
         Args:
             language_ids: (B,) integers, one per row, or (B, T), one per token (packed rows hold several languages);
-                -1 leaves a row or token alone. None takes the languages of
-                ``use`` or else ``languages``; without any, nothing is shifted, which is warned of once.
+                -1 leaves a row or token alone. None takes what is ``spoken``, in this thread or else in all; where
+                nothing is, nothing is shifted, which is warned of once.
             tokens: the input, (B, T) ids or (B, T, d) embeddings.
 
         Returns:
@@ -184,19 +189,21 @@ class Attachment:
         found = self.in_use()
         if found is None:
             return None
-        first, shift = found
+        shift = found.shift
         if language_ids is None:
-            languages = self.languages if self.call.languages is None else self.call.languages
-            if languages is None:
+            spoken = self.spoken if self.call.spoken is None else self.call.spoken
+            if spoken is None:
                 self._warn_unshifted(shift)
                 return None
-            return None if tokens is None else _rows_of(languages, first, shift, tokens)
-        _check(language_ids, tokens, len(shift.languages))
-        if shift.alpha == 0:
+            if tokens is None:
+                return None
+            language_ids = spoken.rows(found.number, shift, tokens.shape[0])
+        else:
+            _check(language_ids, tokens, len(shift.languages))
+        if language_ids is None or shift.alpha == 0:
             return None
         ids = language_ids.to(device=None if tokens is None else tokens.device, dtype=torch.long)
-        pivot = shift.pivot_id
-        return torch.where((ids < 0) | (ids == pivot), -1, ids + first)
+        return torch.where((ids < 0) | (ids == shift.pivot_id), -1, ids + found.first)
 
     def _warn_unshifted(self, shift: LanguageShift) -> None:
         # Not while torch.compile traces, which breaks the graph at a warning.
@@ -210,23 +217,6 @@ class Attachment:
             "with model.shifcon.suspended(). (Said once per model.)",
             stacklevel=2,
         )
-
-
-def _rows_of(languages: Languages, first: int, shift: LanguageShift, tokens: Tensor) -> Tensor | None:
-    codes = [languages] if isinstance(languages, str) else languages
-    pivot = shift.pivot_id
-    ids = [-1 if position == pivot else first + position for position in map(shift.language_id, codes)]
-    if shift.alpha == 0 or max(ids) < 0:
-        return None
-    batch = tokens.shape[0]
-    if isinstance(languages, str):
-        return torch.full((batch,), ids[0], dtype=torch.long, device=tokens.device)
-    if batch % len(ids):
-        raise ValueError(
-            f"language: {len(ids)} are in use for a batch of {batch} rows; wanted one per row (times the beams or "
-            "num_return_sequences of generate), or a single one for all"
-        )
-    return torch.tensor(ids, dtype=torch.long, device=tokens.device).repeat_interleave(batch // len(ids))
 
 
 def _check(language_ids: Tensor, tokens: Tensor | None, count: int) -> None:
@@ -251,29 +241,6 @@ def _check(language_ids: Tensor, tokens: Tensor | None, count: int) -> None:
                 f"language_ids: got an id of {low if low < -1 else high}, wanted 0 … {count - 1}, or -1 to leave a "
                 "row alone."
             )
-
-
-def checked_languages(languages: str | Sequence[str], shifts: Sequence[LanguageShift]) -> Languages:
-    """``languages`` as an :class:`Attachment` holds them: each as the first shift that knows it spells it.
-
-    Raises:
-        ValueError: a code that no shift knows, or none at all.
-    """
-    if languages == AUTO:
-        if not any(shift.router is not None for shift in shifts):
-            raise ValueError(NO_ROUTER)
-        return AUTO
-    if isinstance(languages, str):
-        for shift in shifts[:-1]:
-            if find_language(languages, shift.languages) is not None:
-                return shift.languages[shift.language_id(languages)]
-        return shifts[-1].languages[shifts[-1].language_id(languages)]
-    codes = tuple(str(checked_languages(code, shifts)) for code in languages)
-    if AUTO in codes:
-        raise ValueError(f"language: got {list(codes)}; wanted {AUTO!r} alone, which finds each row's own")
-    if not codes:
-        raise ValueError("language: got none; wanted a language code, or one per row")
-    return codes
 
 
 def unshifted(model: nn.Module) -> AbstractContextManager[None]:

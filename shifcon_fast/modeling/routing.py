@@ -12,7 +12,6 @@ from shifcon_fast import ops
 from shifcon_fast.modeling.content import content_mask, ordinary_tokens
 from shifcon_fast.space.language_shift import LanguageShift
 
-AUTO = "auto"
 _KEPT = "_shifcon_language_ids"  # of a key-value cache: the ids of its rows
 
 

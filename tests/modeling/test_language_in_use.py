@@ -104,6 +104,33 @@ def test_a_generation_needs_no_further_argument(attached):
         model(two)
 
 
+def test_compiled_code_does_not_depend_on_the_languages(attached):
+    """One graph for one language or another, one for a list of them; the pivot's rows need none of the shift."""
+    model, handle = attached
+    tokens = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for languages, count in (
+            ("sw", 1),
+            ("en", 1),
+            (["sw", "de", "en"], 2),
+            (["en", "sw", "de"], 2),
+            ("de", 3),
+        ):
+            with handle.use(languages):
+                found, expected = (call(tokens, use_cache=False).logits for call in (compiled, model))
+            torch.testing.assert_close(found, expected)
+            assert len(graphs) == count, languages
+    torch._dynamo.reset()
+
+
 def test_threads_have_their_own_languages(attached, batch):
     model, handle = attached
     rows = len(batch["input_ids"])
