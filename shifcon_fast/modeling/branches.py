@@ -66,12 +66,12 @@ def recurrent_or_attention(name: str, cache: str = "cache_params") -> Mixer:
 
 
 @torch.compiler.assume_constant_result
-def _named_parameters(module: type[nn.Module]) -> frozenset[str] | None:
+def _named_parameters(module: type[nn.Module]) -> tuple[str, ...] | None:
     """What a module's forward takes; None if it takes any keyword. It differs between versions of transformers."""
     parameters = inspect.signature(module.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
-    return frozenset(parameters)
+    return tuple(parameters)
 
 
 def mlp(block: Any, y: Tensor, _stream: Tensor, _norm: Norm) -> Tensor:

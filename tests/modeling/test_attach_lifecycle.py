@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
@@ -412,6 +413,7 @@ def test_compiled_models_equal_eager_ones(architecture, tiny_model, random_space
 )
 def test_a_compiled_model_is_one_graph(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
+    plain = copy.deepcopy(model)
     attach(model, random_space(model), forward=1, backward=3)
     torch._dynamo.reset()
     try:
@@ -419,6 +421,11 @@ def test_a_compiled_model_is_one_graph(architecture, tiny_model, random_space, b
             expected = model(**batch, language_ids=batch_ids).logits
             compiled = torch.compile(model, backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(**batch, language_ids=batch_ids).logits, expected)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        torch._dynamo.reset()
+        with pytest.raises(type(error)), torch.no_grad():
+            torch.compile(plain, backend="eager", fullgraph=True)(**batch)
+        pytest.skip(f"transformers {transformers.__version__}'s own {architecture} is not one graph")
     finally:
         torch._dynamo.reset()
 
