@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
+from shifcon_fast.modeling.installation import (
+    adapted_module,
+    install,
+    outermost_model,
+    put_tables,
+    swapped_modules,
+    uninstall,
+)
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.spoken import Spoken, spoken
-from shifcon_fast.modeling.swap import (
-    HANDLES,
-    block_class,
-    decoder_class,
-    original_class,
-    outer_class,
-    restore_class,
-    swap_class,
-)
+from shifcon_fast.modeling.swap import HANDLES, original_class
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 
@@ -90,17 +87,17 @@ def attach(
         )
     shift = _shift(space, decoder, forward=forward, backward=backward, alpha=alpha, recipe=recipe)
     _check_fits(shift, model, decoder, check_fingerprint)
-    outer = _outermost_model(model, decoder.module)
+    outer = outermost_model(model, decoder.module)
     attachment = Attachment(
         {adapter: shift},
         decoder.architecture.forwards_kwargs,
         ShiftHandle,
-        adapted=None if adapter is None else _adapted_module(decoder.module, adapter),
+        adapted=None if adapter is None else adapted_module(decoder.module, adapter),
     )
     try:
-        _install(decoder, outer, attachment)
+        install(decoder, outer, attachment)
     except BaseException:
-        _uninstall(decoder, outer)
+        uninstall(decoder, outer)
         raise
     handle: ShiftHandle = attachment.handle_of(outer)
     return handle
@@ -275,12 +272,12 @@ class ShiftHandle:
             whose = "one whatever the adapter" if None in self.shifts else f"that of {adapter!r}"
             raise ValueError(f"adapter: the model is attached with {whose} already; detach it first.")
         _check_fits(shift, self.model, self._decoder, check_fingerprint)
-        adapted = _adapted_module(self._decoder.module, adapter)
+        adapted = adapted_module(self._decoder.module, adapter)
         self._attachment.shifts[adapter] = shift
         self._attachment.adapted = adapted
         if self.language is not None:
             self.language = self.language  # in the new shift's ids too
-        _put_tables(self._decoder, self._attachment)
+        put_tables(self._decoder, self._attachment)
 
     def _require_attached(self) -> None:
         if not self._is_attached:
@@ -333,13 +330,13 @@ class ShiftHandle:
         """
         if not self._is_attached:
             return
-        for module in _swapped_modules(self._decoder, self.model):
+        for module in swapped_modules(self._decoder, self.model):
             if original_class(module) is None:
                 raise ValueError(
                     f"model: a {type(module).__name__} was given another class since it was attached, by "
                     "FSDP2's fully_shard for instance; it can only be detached after that is undone."
                 )
-        _uninstall(self._decoder, self.model)
+        uninstall(self._decoder, self.model)
 
     def __enter__(self) -> ShiftHandle:
         return self
@@ -398,56 +395,6 @@ def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_
         logger.warning("%s", warning)
 
 
-def _install(decoder: Decoder, outer: nn.Module, attachment: Attachment) -> None:
-    for index, block in enumerate(decoder.blocks):
-        block.__dict__[NORM_COUNTS] = NormCounts(index)
-        block.__dict__[ATTACHMENT] = attachment
-        _swap(block, block_class)
-    _put_tables(decoder, attachment)
-    decoder.module.__dict__[ATTACHMENT] = attachment
-    _swap(decoder.module, decoder_class)
-    if outer is not decoder.module:
-        outer.__dict__[ATTACHMENT] = attachment
-        _swap(outer, outer_class)
-    outer.__dict__[HANDLES] = attachment
-
-
-def _put_tables(decoder: Decoder, attachment: Attachment) -> None:
-    for index, table in attachment.tables().items():
-        block = decoder.blocks[index]
-        block.register_buffer(SHIFT_TABLE, table.to(_device_of(block)), persistent=False)
-
-
-def _adapted_module(decoder: nn.Module, adapter: str) -> nn.Module:
-    """A module of an adapter, which knows whether it is active; it goes on saying so once adapters are merged."""
-    layers = [layer for layer in decoder.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
-            return layer
-    known = sorted({name for layer in layers for name in layer.active_adapters})
-    raise ValueError(f"adapter: got {adapter!r}; the model has no such PEFT adapter (active: {known})")
-
-
-def _swap(module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
-    swap_class(module, subclass(type(module)))
-
-
-def _uninstall(decoder: Decoder, outer: nn.Module) -> None:
-    """Undo :func:`_install`, or as much of it as was done."""
-    for module in _swapped_modules(decoder, outer):
-        if original_class(module) is not None:
-            restore_class(module)
-        for name in (ATTACHMENT, NORM_COUNTS, HANDLES):
-            module.__dict__.pop(name, None)
-    for block in decoder.blocks:
-        block._buffers.pop(SHIFT_TABLE, None)
-        block._non_persistent_buffers_set.discard(SHIFT_TABLE)
-
-
-def _swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
-    return [*decoder.blocks, decoder.module, *([] if outer is decoder.module else [outer])]
-
-
 def _check_size(space: LanguageSpace | LanguageShift, decoder: Decoder) -> None:
     if space.hidden_size != decoder.hidden_size:
         raise ValueError(
@@ -459,17 +406,3 @@ def _check_size(space: LanguageSpace | LanguageShift, decoder: Decoder) -> None:
             f"space: got {space.num_boundaries} boundaries, wanted {decoder.num_boundaries}, one per block of the "
             "model; it was estimated on another model."
         )
-
-
-def _outermost_model(model: nn.Module, decoder: nn.Module) -> nn.Module:
-    """The Hugging Face model that users call: the one with the head, inside of PEFT's and other wrappers."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(part is decoder for part in module.modules()):
-            return module
-    return decoder
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    """Where a block computes; weights that accelerate offloads are on ``meta`` between calls."""
-    device = next(block.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

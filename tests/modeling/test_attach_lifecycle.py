@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from shifcon_fast.modeling import attach as attach_module
+from shifcon_fast.modeling import installation
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.modeling.attachment import Attachment
@@ -77,7 +77,7 @@ def test_the_context_manager_detaches_after_an_exception(tiny_model, random_spac
 def test_a_failure_half_way_leaves_the_model_as_it_was(tiny_model, random_space, monkeypatch):
     model = tiny_model("llama")
     before = _snapshot(model)
-    monkeypatch.setattr(attach_module, "decoder_class", lambda original: 1 / 0)
+    monkeypatch.setattr(installation, "decoder_class", lambda original: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attach(model, random_space(model), forward=1, backward=2)
     assert _snapshot(model) == before

@@ -1,0 +1,96 @@
+"""Putting an attachment into a model's modules, and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from shifcon_fast.modeling.architectures import Decoder
+from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment
+from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
+from shifcon_fast.modeling.swap import (
+    HANDLES,
+    block_class,
+    decoder_class,
+    original_class,
+    outer_class,
+    restore_class,
+    swap_class,
+)
+
+
+def install(decoder: Decoder, outer: nn.Module, attachment: Attachment) -> None:
+    """Swap the classes of the blocks, the decoder and the model, and give them what they share."""
+    for index, block in enumerate(decoder.blocks):
+        block.__dict__[NORM_COUNTS] = NormCounts(index)
+        block.__dict__[ATTACHMENT] = attachment
+        _swap(block, block_class)
+    put_tables(decoder, attachment)
+    decoder.module.__dict__[ATTACHMENT] = attachment
+    _swap(decoder.module, decoder_class)
+    if outer is not decoder.module:
+        outer.__dict__[ATTACHMENT] = attachment
+        _swap(outer, outer_class)
+    outer.__dict__[HANDLES] = attachment
+
+
+def put_tables(decoder: Decoder, attachment: Attachment) -> None:
+    """Register what the blocks add, as buffers, which move with them."""
+    for index, table in attachment.tables().items():
+        block = decoder.blocks[index]
+        block.register_buffer(SHIFT_TABLE, table.to(_device_of(block)), persistent=False)
+
+
+def _swap(module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
+    swap_class(module, subclass(type(module)))
+
+
+def uninstall(decoder: Decoder, outer: nn.Module) -> None:
+    """Undo :func:`install`, or as much of it as was done."""
+    for module in swapped_modules(decoder, outer):
+        if original_class(module) is not None:
+            restore_class(module)
+        for name in (ATTACHMENT, NORM_COUNTS, HANDLES):
+            module.__dict__.pop(name, None)
+    for block in decoder.blocks:
+        block._buffers.pop(SHIFT_TABLE, None)
+        block._non_persistent_buffers_set.discard(SHIFT_TABLE)
+
+
+def swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
+    """The modules whose class :func:`install` swaps."""
+    return [*decoder.blocks, decoder.module, *([] if outer is decoder.module else [outer])]
+
+
+def adapted_module(decoder: nn.Module, adapter: str) -> nn.Module:
+    """A module of an adapter, which knows whether it is active; it goes on saying so once adapters are merged.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    layers = [layer for layer in decoder.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
+            return layer
+    known = sorted({name for layer in layers for name in layer.active_adapters})
+    raise ValueError(f"adapter: got {adapter!r}; the model has no such PEFT adapter (active: {known})")
+
+
+def outermost_model(model: nn.Module, decoder: nn.Module) -> nn.Module:
+    """The Hugging Face model that users call: the one with the head, inside of PEFT's and other wrappers."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(part is decoder for part in module.modules()):
+            return module
+    return decoder
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    """Where a block computes; weights that accelerate offloads are on ``meta`` between calls."""
+    device = next(block.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
