@@ -390,6 +390,55 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", help="Folder of `shifcon evaluate` on it, for the tables.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model", help="Hub id of the base model, where the run was trained from a folder."
+        ),
+    ] = None,
+    repository: Annotated[
+        str | None, typer.Option("--repository", help="Hub id that the run will have.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", help="As the Hub writes it: apache-2.0.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="Hub id of training data; may be repeated.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="A further tag; may be repeated.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also over a card that a person has written.")
+    ] = False,
+) -> None:
+    """Write a run's model card: README.md with the Hub's metadata.
+
+        shifcon card run/ --evaluation results/ --repository you/model-sw
+
+    Languages, area, dose, losses, the evaluation, and how to load the run everywhere it can be. Training writes one
+    too; this adds what a run does not know of itself. No path of this machine is in it.
+    """
+    from shifcon_fast.workflow.describe_run import describe
+
+    typer.echo(
+        describe(
+            run,
+            evaluation=evaluation,
+            base_model=base_model,
+            repository=repository,
+            license=license,
+            datasets=dataset or (),
+            tags=tag or (),
+            overwrite=overwrite,
+        )
+    )
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, an evaluation or a profile.")],
     output: Annotated[

@@ -11,11 +11,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "shifcon_fast"
 FLOORS = (
     {"version", "extras", "notices", "storage", "_native"},
-    {"json_record", "data", "ops"},
+    {"json_record", "markdown", "data", "ops"},
     {"space"},
     {"modeling"},
     {"objective"},
-    {"training", "evaluation", "export"},
+    {"evaluation", "export"},
+    {"training"},
     {"opening", "tables", "demo", "doctor"},
     {"workflow", "lm_eval_model"},
     {"cli_options", "console"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import torch
 
+from shifcon_fast.export.model_card import README, is_written_by_hand
 from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.space.language_shift import LanguageShift
@@ -24,7 +26,10 @@ from shifcon_fast.training.checkpoints import CARD
 from shifcon_fast.training.generation import GENERATION, save_generation_config, stop_at
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.run_card import ADAPTER, make_card, read_card
+from shifcon_fast.training.run_readme import write_readme
 from shifcon_fast.training.shift_file import SHIFT, read_shift, write_shift
+
+logger = logging.getLogger(__name__)
 
 LOG = "training_log.json"
 PROFILE = "profile"  # folder of the language space, where the run has estimated it itself
@@ -68,11 +73,14 @@ def save_run(folder: str | Path, model: Any, state: RunState) -> None:
         TypeError: not a PEFT model. OSError: the disk is full; the folder is then as it was.
     """
     with replacing(folder, CARD, FILES) as staging:
-        write_run_files(staging, model, state)
+        write_run_files(staging, model, state, name=Path(folder).resolve().name)
+        if is_written_by_hand(Path(folder) / README):
+            logger.info("%s was written by hand, and is kept", Path(folder) / README)
+            (staging / README).unlink()
 
 
-def write_run_files(folder: Path, model: Any, state: RunState) -> None:
-    """Write a run's files into a folder that nobody reads yet."""
+def write_run_files(folder: Path, model: Any, state: RunState, name: str | None = None) -> None:
+    """Write a run's files into a folder that nobody reads yet; ``name`` is the model card's title."""
     if not isinstance(model, peft.PeftModel):
         raise TypeError(
             f"model: got {type(model).__name__}; wanted a PEFT model, as load_quantized(..., lora=LoraConfig(...)) "
@@ -88,10 +96,11 @@ def write_run_files(folder: Path, model: Any, state: RunState) -> None:
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
     write_json(folder / LOG, _training_log(state.log))
-    write_json(
-        folder / CARD,
-        make_card(folder, model, state.settings, shift, shifted=state.shifted, end_of_turn=state.end_of_turn),
+    card = make_card(
+        folder, model, state.settings, shift, shifted=state.shifted, end_of_turn=state.end_of_turn
     )
+    write_json(folder / CARD, card)
+    write_readme(folder, card, shift, name=name)  # in place of PEFT's
 
 
 def load(

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
 from shifcon_fast.data.parallel import Parallel, read_parallel
+from shifcon_fast.export.model_card import README, CardOptions, is_written_by_hand
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
@@ -35,7 +36,10 @@ from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
+from shifcon_fast.training.run_card import read_card
 from shifcon_fast.training.run_folder import RunState, save_run
+from shifcon_fast.training.run_readme import write_readme
+from shifcon_fast.training.shift_file import read_shift
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -372,6 +376,43 @@ class ShifConTrainer(LanguageLog, Trainer):
             end_of_turn=self._end_of_turn,
         )
 
+    def create_model_card(  # noqa: PLR0917 - as Trainer's
+        self,
+        language: str | Sequence[str] | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: Any = None,
+        dataset_args: Any = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Write the run's own model card, where ``push_to_hub`` wants one; arguments as ``Trainer``'s and TRL's.
+
+        A card that a person has written stays. Before the run is saved there is none.
+        """
+        folder = Path(str(self.args.output_dir))
+        if not self.is_world_process_zero() or not (folder / CARD).is_file():
+            return
+        if is_written_by_hand(folder / README):
+            logger.info("%s was written by hand, and is kept", folder / README)
+            return
+        given = {"tasks": tasks, "dataset": dataset, "dataset_args": dataset_args}
+        if ignored := [name for name, value in given.items() if value]:
+            logger.warning("The model card leaves out %s", ", ".join(ignored))
+        card = read_card(folder)
+        options = CardOptions(
+            base_model=finetuned_from,
+            repository=getattr(self, "hub_model_id", None),
+            license=license,
+            datasets=_listed(dataset_tags) or _listed(dataset_name),
+            tags=_listed(tags),
+            languages=_listed(language) or None,
+        )
+        write_readme(folder, card, read_shift(folder, card), name=model_name, options=options)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -427,6 +468,10 @@ class ShifConTrainer(LanguageLog, Trainer):
             requested = bool(self._sum_over_processes(torch.tensor(float(requested))) > 0)
         self._interrupt.requested = requested
         return requested
+
+
+def _listed(values: str | Sequence[str] | None) -> list[str]:
+    return [values] if isinstance(values, str) else list(values or ())
 
 
 class _StepEnd(TrainerCallback):

@@ -95,6 +95,13 @@ def test_train_evaluate_report_generate(workplace, run: Path) -> None:
     same = json.loads((workplace.folder / "again" / "comparison.json").read_text())["accuracy"]["sw"]
     assert (same["estimate"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
 
+    described = workplace.shifcon("card", run, "--evaluation", results)
+    assert described.code == 0, described.text
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "| sw | 0.0% (" in card
+    assert f"Minus {workplace.base.name}, a paired bootstrap" in card
+    assert str(workplace.folder) not in card
+
     for folder in (results, run, workplace.folder / "space"):
         reported = workplace.shifcon("report", folder)
         assert reported.code == 0, reported.text

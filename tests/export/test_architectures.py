@@ -13,6 +13,7 @@ from shifcon_fast.export.merged import missing_biases
 from shifcon_fast.export.output_bias import biases_for
 from shifcon_fast.export.plain_copy import plain_copy
 from shifcon_fast.export.shift_vectors import shift_vectors
+from shifcon_fast.export.support import BIAS_IN_ADAPTER, BIAS_IN_CHECKPOINT
 from shifcon_fast.modeling.architectures import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
@@ -44,6 +45,12 @@ def places(model: Any) -> set[str]:
 
 def test_the_page_names_every_architecture() -> None:
     assert documented().keys() == set(NAMES)
+
+
+def test_model_cards_go_by_the_same_table() -> None:
+    page = documented()
+    assert {name for name, exports in page.items() if "peft" in exports} == BIAS_IN_ADAPTER
+    assert {name for name, exports in page.items() if "merged" in exports} == BIAS_IN_CHECKPOINT
 
 
 @pytest.mark.slow("every architecture that takes an export")
