@@ -32,7 +32,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     output = Path(str(arguments.output_dir))
     resume = _where_to_start(run, output)
     parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
-    instructions = read_instructions(run.instructions)
+    instructions = read_instructions(run.instructions, arguments.language_column)
     find_pivot(arguments.pivot, parallel, run.parallel)
     own = output / PROFILE  # where no space is given
     start_from = run.space or (own if resume and (own / space_folder.CARD).is_file() else None)

@@ -75,6 +75,10 @@ def test_tables_streams_and_tokenised_rows_train_as_lists_do(
     assert batches(train_dataset=datasets.IterableDataset.from_generator(lambda: iter(rows))) == expected
     renamed = table.rename_column("lang", "language")
     assert batches(train_dataset=renamed, language_column="language") == expected
+    listed = [
+        {"language": row["lang"], **{name: row[name] for name in ("prompt", "response")}} for row in rows
+    ]
+    assert batches(train_dataset=listed, language_column="language") == expected
     own = datasets.Dataset.from_list(tokenized)
     assert batches(train_dataset=own) == expected
     assert batches(train_dataset=own.to_iterable_dataset()) == expected
