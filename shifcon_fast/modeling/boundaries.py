@@ -162,7 +162,7 @@ class _PooledBlock(nn.Module):
         look: Callable[[Tensor], None] | None,
         look_after: Callable[[Tensor], None] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.block = block
         self.look = look
         self.look_after = look_after
@@ -180,9 +180,18 @@ class _PooledBlock(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Some decoders read facts off their blocks, such as the kind of attention.
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(super().__getattr__("block"), name)
+            return getattr(nn.Module.__getattr__(self, "block"), name)
+
+    @property
+    def __class__(self) -> Any:
+        # Others (Jamba's of transformers 5.0) ask what kind of block it is.
+        return type(self.block)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("the class of a view of a block cannot be changed")
 
 
 def _loses_gradients(block: nn.Module, hidden_states: Tensor) -> bool:

@@ -72,7 +72,7 @@ def test_generation_with_a_static_cache_equals_the_oracle(
         tokens = model.generate(**batch, language_ids=batch_ids, **STATIC, **GREEDY)
     except (RuntimeError, ValueError) as error:
         handle.detach()
-        with pytest.raises(type(error)):
+        with pytest.raises((type(error), AttributeError)):
             model.generate(**batch, **STATIC, **GREEDY)
         pytest.skip(f"transformers {transformers.__version__}'s own {architecture} has no static cache")
     assert torch.equal(tokens, expected)

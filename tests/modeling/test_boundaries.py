@@ -9,10 +9,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.boundaries import _PooledBlock, boundary_representations
 
 
 @pytest.fixture
@@ -92,6 +93,15 @@ def test_nothing_runs_above_the_last_boundary(architecture, tiny_model, batch, p
     assert runs == []
     assert len(decoder.blocks) == 4
     assert [getattr(decoder.module, name) for name in decoder.architecture.after_blocks] == after_blocks
+
+
+def test_decoders_still_know_their_blocks_by_class_and_attributes(tiny_model):
+    block = tiny_model("gemma3_text").model.layers[1]
+    view = _PooledBlock(block, None)
+    assert isinstance(view, Gemma3DecoderLayer)
+    assert isinstance(view, nn.Module)
+    assert not isinstance(view, nn.ModuleList)
+    assert view.layer_idx == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "olmo2", "gpt_neox", "bloom"])
