@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import memory
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -20,6 +21,12 @@ from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
 
 FORWARD, BACKWARD = 1, 3
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Trainer.train`` begins with a full one, half a second of every test that trains."""
+    monkeypatch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
 
 
 @pytest.fixture(autouse=True)
