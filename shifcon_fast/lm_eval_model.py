@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from transformers import AutoConfig
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.spoken import AUTO, NO_ROUTER
 from shifcon_fast.opening import is_run, run_tokenizer
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.training.run_card import RunCard, read_card
 from shifcon_fast.training.run_folder import load
+from shifcon_fast.training.shift_file import read_shift
 from shifcon_fast.version import package_versions
 
 with needed_for("lm-evaluation-harness's --model shifcon"):
@@ -33,7 +37,6 @@ with needed_for("lm-evaluation-harness's --model shifcon"):
 logger = logging.getLogger(__name__)
 
 NAME = "shifcon"
-AUTO = "auto"
 # Of HFLM, and not of a run: what it would load, or load by, is in the run's card.
 _NOT_FOR_RUNS = ("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder", "tp_plan")
 _MEMORY = ("max_memory_per_gpu", "max_cpu_memory", "offload_folder")
@@ -50,7 +53,8 @@ class ShifConLM(HFLM):  # type: ignore[misc, unused-ignore]
     Args:
         pretrained: the folder of a run; or an attached model, with ``tokenizer``.
         language: that of the tasks, in any form (``swh_Latn`` for ``sw``). The pivot's is never shifted: naming it
-            asks for the unshifted model.
+            asks for the unshifted model. ``"auto"`` has each request find its own, from its prompt (and from the
+            choice, where one is scored); nothing is then proven of the first batch.
         base: the run's base model, if it is no longer where it was trained from.
         quantization: "nf4" or "none"; None takes what the run was trained with.
         tokenizer, device, dtype, batch_size, max_length, add_bos_token, parallelize, ...: as for ``HFLM``; device
@@ -89,14 +93,18 @@ class ShifConLM(HFLM):  # type: ignore[misc, unused-ignore]
                 raise ValueError("pretrained: got a model that is not attached; wanted one, or --model hf")
             if (base, quantization) != (None, None):
                 raise ValueError("base, quantization: got one with a model that is loaded")
+            shift: LanguageShift | None = handle.shift
             known, pivot = list(handle.shift.languages), handle.shift.pivot
         else:
             pretrained = str(pretrained)
             if not is_run(pretrained):
                 raise ValueError(f"pretrained: {pretrained} is no run; --model hf takes other models")
             self._card = read_card(pretrained)
+            shift = read_shift(Path(pretrained), self._card)
             known, pivot = self._card["languages"], self._card["pivot"]
         self.language = checked_language(language, known, pivot)
+        if self.language == AUTO and (shift is None or shift.router is None):
+            raise ValueError(NO_ROUTER)
         self._engaged = False
         super().__init__(
             pretrained=pretrained,
@@ -148,9 +156,14 @@ class ShifConLM(HFLM):  # type: ignore[misc, unused-ignore]
             trust_remote_code=bool(trust_remote_code),
         )
 
-    def _model_call(self, *inputs: Any, **options: Any) -> Any:
+    def _model_call(self, inps: Any, *inputs: Any, **options: Any) -> Any:
+        if self.language == AUTO and len(inps) > 1:
+            raise ValueError(
+                "language: got 'auto' for tasks that are scored by log-likelihood in batches, which lm-eval pads "
+                "without saying where; wanted batch_size=1, or the language of the tasks"
+            )
         with self._shifted():
-            return super()._model_call(*inputs, **options)
+            return super()._model_call(inps, *inputs, **options)
 
     def _model_generate(self, *inputs: Any, **options: Any) -> Any:
         with self._shifted():

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(
     torch.manual_seed(1)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     trained = load_quantized(base, lora, "none")
-    space = estimate_space(trained, word_tokenizer, parallel_text, subspaces=False, progress=False)
+    space = estimate_space(trained, word_tokenizer, parallel_text, progress=False)
     handle = sf.attach(trained, space, 1, 3)
     save_run(folder, trained, RunState(handle, tokenizer=word_tokenizer))
     return folder
@@ -229,7 +230,7 @@ def test_other_models_and_arguments_without_a_meaning_are_refused(run: Path, tin
     with pytest.raises(ValueError, match=r"langage: unknown arguments"):
         ShifConLM(str(run), language=LANGUAGE, langage="sw")
     with pytest.raises(ValueError, match=r"pass base= if it moved"):
-        ShifConLM(str(run), language=LANGUAGE, base="no/such-model")
+        ShifConLM(str(run), language=LANGUAGE, base=str(run / "moved"))
 
 
 def test_a_shift_that_does_not_engage_is_an_error(run: Path) -> None:
@@ -240,6 +241,21 @@ def test_a_shift_that_does_not_engage_is_an_error(run: Path) -> None:
     ):
         lm._model_call(torch.tensor([[1, 20, 30]]))
     lm._model_call(torch.tensor([[1, 20, 30]]))
+
+
+def test_requests_may_find_their_own_language(run: Path, shifted: ShifConLM, word_tokenizer: Any) -> None:
+    lm = ShifConLM(str(run), language="auto")
+    lm.model.shifcon.threshold = 0.0
+    tokens = torch.tensor([word_tokenizer("Dina anakula mkate na samaki")["input_ids"]])
+    logits = lm._model_call(tokens)
+    assert [language for language, _ in lm.model.shifcon.detected] == [LANGUAGE]
+    torch.testing.assert_close(logits, shifted._model_call(tokens))
+    with pytest.raises(ValueError, match=r"wanted batch_size=1"):
+        lm._model_call(tokens.repeat(2, 1))
+    model = sf.load(run)
+    model.shifcon.set_shift(replace(model.shifcon.shift, router=None))
+    with pytest.raises(ValueError, match=r"no router"):
+        ShifConLM(model, "auto", tokenizer=word_tokenizer)
 
 
 def test_a_model_in_use_and_its_languages_side_by_side(
