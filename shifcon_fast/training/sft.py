@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shifcon_fast.extras import needed_for
+from shifcon_fast.notices import warn_once
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.language_column import PER_EXAMPLE, PER_TOKEN, LanguageCollator
 from shifcon_fast.training.language_losses import TokenLosses
@@ -120,7 +121,12 @@ class ShifConSFTTrainer(LanguageColumns, ShifConTrainer, SFTTrainer):
         with _token_log_probabilities(model) as seen:
             result = SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        if not (self.args.language_losses and seen):
+        if not self.args.language_losses:
+            return loss, outputs, None
+        if not seen:
+            warn_once(
+                "No losses by language: TRL's fused head did not run. language_losses=False says it is meant."
+            )
             return loss, outputs, None
         log_probs, learnt = seen[-1]
         return loss, outputs, TokenLosses(-log_probs.detach().float(), learnt)
