@@ -63,7 +63,7 @@ class CardOptions:
         }
         for name, ids in named.items():
             for each in ids:
-                if each is not None and _HUB_ID.fullmatch(each) is None:
+                if each is not None and not is_hub_id(each):
                     raise ValueError(f"{name}: got {each!r}; wanted the id of a Hub repository (org/name)")
 
 
@@ -115,6 +115,10 @@ def model_card(
         adapter=adapter,
         kind="LoRA" if adapter.get("peft_type") == "LORA" else adapter.get("peft_type") or "PEFT",
         method={key: run["training"][key] for key in _METHOD if run["training"].get(key) is not None},
+        examples=", ".join(
+            f"{each} {count}" for each, count in (run["training"].get("examples") or {}).items()
+        ),
+        translations=run["training"].get("translations"),
         base=base,
         options=options,
         targets=targets,
@@ -145,6 +149,11 @@ def _python(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub: ``org/name``, or ``name`` of the oldest ones."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def is_written_by_hand(readme: Path) -> bool:
     """Whether a card that is there was written or changed by a person, and is to be kept."""
     if not readme.is_file():
@@ -164,7 +173,7 @@ class _Base:
 
 def _base_of(run: Mapping[str, Any], options: CardOptions) -> _Base:
     source = str(run["base_model"])
-    is_folder = not _HUB_ID.fullmatch(source)
+    is_folder = not is_hub_id(source)
     name = re.split(r"[\\/]", source.rstrip("\\/"))[-1] if is_folder else source
     hub_id = options.base_model or (None if is_folder else source)
     return _Base(hub_id, hub_id or name, elsewhere=is_folder or hub_id != source)

@@ -161,6 +161,11 @@ class InstructionDataset(Dataset[Example]):
                 self._language_ids.append(example["language_id"])
         encoder.report(total, too_long)
 
+    @property
+    def language_ids(self) -> Sequence[int]:
+        """Of each example."""
+        return self._language_ids
+
     def __len__(self) -> int:
         return len(self._language_ids)
 

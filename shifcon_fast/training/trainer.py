@@ -16,7 +16,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
 from shifcon_fast.data.parallel import Parallel, read_parallel
-from shifcon_fast.export.model_card import README, CardOptions, is_written_by_hand
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
@@ -36,16 +35,14 @@ from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
-from shifcon_fast.training.run_card import read_card
 from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.run_readme import write_readme
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run_readme import RunReadme
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class ShifConTrainer(LanguageLog, Trainer):
+class ShifConTrainer(LanguageLog, RunReadme, Trainer):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
     What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
@@ -370,48 +367,18 @@ class ShifConTrainer(LanguageLog, Trainer):
             handle=self.handle,
             shifted=self.args.shift,
             tokenizer=self.processing_class,
-            settings=self.args.method_settings(),
+            settings={**self.args.method_settings(), **self._data_sizes()},
             log=self.state.log_history,
             shift=shift,
             end_of_turn=self._end_of_turn,
         )
 
-    def create_model_card(  # noqa: PLR0917 - as Trainer's
-        self,
-        language: str | Sequence[str] | None = None,
-        license: str | None = None,
-        tags: str | Sequence[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: Any = None,
-        dataset_tags: str | Sequence[str] | None = None,
-        dataset: Any = None,
-        dataset_args: Any = None,
-        dataset_name: str | None = None,
-    ) -> None:
-        """Write the run's own model card, where ``push_to_hub`` wants one; arguments as ``Trainer``'s and TRL's.
-
-        A card that a person has written stays. Before the run is saved there is none.
-        """
-        folder = Path(str(self.args.output_dir))
-        if not self.is_world_process_zero() or not (folder / CARD).is_file():
-            return
-        if is_written_by_hand(folder / README):
-            logger.info("%s was written by hand, and is kept", folder / README)
-            return
-        given = {"tasks": tasks, "dataset": dataset, "dataset_args": dataset_args}
-        if ignored := [name for name, value in given.items() if value]:
-            logger.warning("The model card leaves out %s", ", ".join(ignored))
-        card = read_card(folder)
-        options = CardOptions(
-            base_model=finetuned_from,
-            repository=getattr(self, "hub_model_id", None),
-            license=license,
-            datasets=_listed(dataset_tags) or _listed(dataset_name),
-            tags=_listed(tags),
-            languages=_listed(language) or None,
+    def _data_sizes(self) -> dict[str, Any]:
+        """How much was trained on, for the record."""
+        pairs = (
+            None if self._sampler is None or not self._parallel else len(next(iter(self._parallel.values())))
         )
-        write_readme(folder, card, read_shift(folder, card), name=model_name, options=options)
+        return {"examples": self._data.examples, "translations": pairs}
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -468,10 +435,6 @@ class ShifConTrainer(LanguageLog, Trainer):
             requested = bool(self._sum_over_processes(torch.tensor(float(requested))) > 0)
         self._interrupt.requested = requested
         return requested
-
-
-def _listed(values: str | Sequence[str] | None) -> list[str]:
-    return [values] if isinstance(values, str) else list(values or ())
 
 
 class _StepEnd(TrainerCallback):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from shifcon_fast.data.languages import find_language, position_of
 from shifcon_fast.modeling.vocabulary import embedding_rows, within_context
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.instruction_data import ExampleEncoder, InstructionCollator
-from shifcon_fast.training.language_column import LanguageCollator
+from shifcon_fast.training.language_column import PER_EXAMPLE, LanguageCollator
 from shifcon_fast.training.prepared_data import is_stream, languages_of, prepare
 
 
@@ -33,6 +34,16 @@ class TrainingData:
     train: Any
     evaluation: Any
     prepare: Callable[[Any], Any] = lambda data: data
+
+    @cached_property
+    def examples(self) -> dict[str, int] | None:
+        """Language → training examples; None for streams and where rows hold several languages or none is told."""
+        names = getattr(self.train, "column_names", None) or ()
+        ids = self.train[PER_EXAMPLE] if PER_EXAMPLE in names else getattr(self.train, "language_ids", None)
+        if ids is None or is_stream(self.train):
+            return None
+        counts = Counter(ids)
+        return {name: counts[index] for index, name in enumerate(self.languages) if counts[index]}
 
     def prepared(self, data: Any) -> Any:
         """One data set or a dict of them, ready; None and the name of an evaluation set as it is."""

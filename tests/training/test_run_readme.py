@@ -24,7 +24,11 @@ def test_a_trained_run_has_its_card(make_trainer: Callable[..., ShifConTrainer],
         assert f"# {folder.name}\n" in card.content
         assert "boundary 1" in card.content
         assert str(tmp_path) not in card.content
-    assert "| loss generation |" in (tmp_path / "run" / "README.md").read_text()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "| loss generation |" in text
+    assert (
+        "* training examples: en 8, de 8, sw 8, tr 8\n* translations: 24 sentences in each language\n" in text
+    )
 
 
 def test_what_is_pushed_is_the_run_s_card(
@@ -46,7 +50,7 @@ def test_what_is_pushed_is_the_run_s_card(
             license="apache-2.0",
             tags="kiswahili",
             finetuned_from="org/base",
-            dataset_tags=["org/data"],
+            dataset_tags=["org/data", "/home/me/data.jsonl"],
             language="sw",
             tasks="text-generation",
         )
@@ -62,7 +66,7 @@ def test_what_is_pushed_is_the_run_s_card(
     }
     assert 'snapshot_download("me/swahili")' in pushed[0]
     assert str(tmp_path) not in pushed[0]
-    assert "The model card leaves out tasks" in caplog.text
+    assert "The model card leaves out tasks, '/home/me/data.jsonl'" in caplog.text
 
     readme = tmp_path / "run" / "README.md"
     readme.write_text("# Mine\n")
@@ -76,3 +80,13 @@ def test_before_the_run_is_saved_there_is_no_card(
     """TRL asks for one at every checkpoint."""
     make_trainer().create_model_card(model_name="run", dataset_name=None, tags=[])
     assert not (tmp_path / "run" / "README.md").exists()
+
+
+def test_examples_of_tables_are_counted_and_those_of_streams_are_not(
+    make_trainer: Callable[..., ShifConTrainer],
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
+    rows = [{"lang": code, "prompt": "Ada", "response": "Roma"} for code in ("sw", "en", "sw")]
+    table = datasets.Dataset.from_list(rows)
+    assert make_trainer(train_dataset=table)._data.examples == {"en": 1, "sw": 2}
+    assert make_trainer(train_dataset=table.to_iterable_dataset())._data.examples is None
