@@ -262,7 +262,7 @@ def test_doctor_names_every_operator_and_its_backend(workplace) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [each.callback.__name__ for each in app.registered_commands if each.callback]
+    "command", [each.name or each.callback.__name__ for each in app.registered_commands if each.callback]
 )
 def test_every_command_explains_itself(workplace, command: str) -> None:
     helped = workplace.shifcon(command, "--help")
