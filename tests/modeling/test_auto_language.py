@@ -28,8 +28,7 @@ def attached(request, tiny_model, word_tokenizer, parallel_text):
 def prompts(word_tokenizer, parallel_text):
     """Rows in several languages, padded on the left."""
     texts = [parallel_text[language][row] for row, language in enumerate(["sw", "en", "de", "tr", "sw"])]
-    word_tokenizer.padding_side = "left"
-    batch = word_tokenizer(texts, return_tensors="pt", padding=True)
+    batch = word_tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
