@@ -64,7 +64,7 @@ class Attachment:
         spoken: languages of rows without ids, in all threads.
         threshold: how likely a language that rows find themselves must be, for them to be shifted.
         call: the state of the running calls, each thread's its own.
-        warned: whether it was said that a call without ids runs unshifted.
+        warned: why calls run unshifted, as far as it was said.
         make_handle: what users control the model by, of the model and this.
         handle: of the model; it holds the model, so only weakly.
     """
@@ -76,7 +76,7 @@ class Attachment:
     spoken: Spoken | None = None
     threshold: float = 0.9
     call: _Call = field(default_factory=_Call)
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)
     handle: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,6 +188,7 @@ class Attachment:
             return None
         found = self.in_use()
         if found is None:
+            self._warn_of_an_adapter_without_a_shift()
             return None
         shift = found.shift
         if language_ids is None:
@@ -206,17 +207,31 @@ class Attachment:
         return torch.where((ids < 0) | (ids == shift.pivot_id), -1, ids + found.first)
 
     def _warn_unshifted(self, shift: LanguageShift) -> None:
-        # Not while torch.compile traces, which breaks the graph at a warning.
-        if torch.compiler.is_compiling() or self.warned or not shift.alpha:
+        if not shift.alpha:
             return
-        self.warned = True
-        warnings.warn(
+        self._warn(
             "An attached model was called without a language: it runs unshifted. Set "
             'model.shifcon.language = "sw", or call it inside of model.shifcon.use("sw"), or pass '
             "language_ids=model.shifcon.language_ids([...]), one language code per row; or say that this is meant: "
-            "with model.shifcon.suspended(). (Said once per model.)",
-            stacklevel=2,
+            "with model.shifcon.suspended(). (Said once per model.)"
         )
+
+    def _warn_of_an_adapter_without_a_shift(self) -> None:
+        if self.adapted.disable_adapters:  # which is the base model, as it was asked for
+            return
+        active = ", ".join(map(repr, self.adapted.active_adapters))
+        self._warn(
+            f"The model runs unshifted: its active adapter {active} has no shift of its own, only "
+            f"{', '.join(map(repr, self.shifts))} has. Give it one with model.shifcon.add_shift(shift, adapter). "
+            "(Said once per adapter.)"
+        )
+
+    def _warn(self, message: str) -> None:
+        # Not while torch.compile traces, which breaks the graph at a warning.
+        if torch.compiler.is_compiling() or message in self.warned:
+            return
+        self.warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _check(language_ids: Tensor, tokens: Tensor | None, count: int) -> None:

@@ -108,6 +108,7 @@ def load(
     *,
     into: Any = None,
     adapter_name: str | None = None,
+    is_trainable: bool = False,
     base: str | Path | None = None,
     quantization: str | None = None,
     dtype: torch.dtype | None = None,
@@ -128,12 +129,13 @@ def load(
         into: a model that another run on the same base was loaded into: this run becomes a further adapter of it,
             for ``into.set_adapter`` to choose. It is as quantised and placed as it is.
         adapter_name: what to call the adapter; None takes the name that it was trained under.
+        is_trainable: train the adapter on, in training mode, instead of freezing it.
         base: the base model, if it is no longer where it was; a Hugging Face id or folder.
         quantization: "nf4" or "none"; None loads it as it was trained.
         dtype, device_map, trust_remote_code: as for :func:`load_quantized`; dtype None is the trained one.
 
     Returns:
-        A frozen ``PeftModel`` in eval mode; ``into`` where that is given.
+        A ``PeftModel``, frozen and in eval mode unless ``is_trainable``; ``into`` where that is given.
 
     Raises:
         ValueError: not a run folder, files that do not belong together, a base model that is missing or wrong, a
@@ -169,11 +171,11 @@ def load(
     try:
         with shift_is_not_lost():
             if into is not None:
-                model.load_adapter(str(folder), name, is_trainable=False)
+                model.load_adapter(str(folder), name, is_trainable=is_trainable)
             else:
                 model = peft.PeftModel.from_pretrained(
-                    model, str(folder), adapter_name=name, is_trainable=False
-                ).eval()
+                    model, str(folder), adapter_name=name, is_trainable=is_trainable
+                ).train(is_trainable)
     except Exception as error:  # PEFT has no error of its own for a configuration that it cannot use
         raise ValueError(
             f"{folder}: its adapter does not fit the base model {source!r} ({', '.join(ADAPTER)}): {error}"

@@ -224,6 +224,21 @@ def test_the_shift_follows_its_adapter(two_adapters, batch):
     model.base_model.shifcon.detach()
 
 
+def test_an_adapter_without_a_shift_is_said_once(two_adapters, batch):
+    model, handle, _ = two_adapters
+    model.set_adapter("plain")
+    with handle.use("sw"):
+        with pytest.warns(
+            UserWarning, match="adapter 'plain' has no shift of its own, only 'first', 'second' has"
+        ):
+            model(**batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**batch)
+            with model.disable_adapter():
+                model(**batch)
+
+
 def test_tables_of_the_shift_in_use(two_adapters):
     model, handle, shifts = two_adapters
     for adapter, shift in shifts.items():

@@ -355,6 +355,16 @@ def test_only_peft_models_are_saved(tiny_model: Callable[..., torch.nn.Module], 
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_run_is_trained_on(run: tuple[Path, ShifConTrainer]) -> None:
+    model = sf.load(run[0], is_trainable=True)
+    assert model.training
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in run[1].model.named_parameters() if parameter.requires_grad}
+    with model.shifcon.use("sw"):
+        model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_two_runs_in_one_model(
     run: tuple[Path, ShifConTrainer], make_trainer: Callable[..., ShifConTrainer], tmp_path: Path
 ) -> None:
