@@ -296,9 +296,7 @@ def evaluate(
 @app.command()
 def generate(
     model: options.Model,
-    language: Annotated[
-        str, typer.Option("--language", help="Language of the prompts: its code in the space.")
-    ],
+    language: Annotated[str, typer.Option("--language", help="Language of the prompts: its code, or auto.")],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help="Prompts. Without any, one prompt a line is read from standard input."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from shifcon_fast.data.prompts import encode_prompt
 from shifcon_fast.export.targets import export_languages
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
 from shifcon_fast.opening import is_run, open_model
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -24,7 +27,7 @@ def generate(
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[str]:
-    """Yield the answer to each prompt, shifted by ``language`` where the model is a run with a language space."""
+    """Yield the answer to each prompt, shifted by ``language``; for ``auto``, by its own, which is logged."""
     if not prompts:
         raise ValueError(
             "prompts: none given; wanted one or more, as arguments or a line each on standard input"
@@ -35,7 +38,7 @@ def generate(
     handle = getattr(loaded, "shifcon", None)
     if handle is None:
         raise ValueError(f"model: {model} has no language space to shift with; wanted the folder of a run")
-    ids = handle.language_ids(language, device=loaded.device)
+    handle.language = language
     settings = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for prompt in prompts:
         prompt_ids = encode_prompt(tokenizer, prompt)
@@ -45,10 +48,12 @@ def generate(
             answer = loaded.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                language_ids=ids,
                 max_new_tokens=max_new_tokens,
                 **settings,
             )
+        if handle.detected:
+            found, probability = handle.detected[0]
+            logger.info("%r: %s (%.2f)", prompt[:40], found, probability)
         yield tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -114,6 +115,11 @@ def test_train_evaluate_report_generate(workplace, run: Path) -> None:
         "generate", "--model", run, "--language", "sw", "--max-new-tokens", "3", "Ada anaishi"
     )
     assert answers.code == 0, answers.text
+    found = workplace.shifcon(
+        "generate", "--model", run, "--language", "auto", "--max-new-tokens", "3", "Ada anaishi"
+    )
+    assert found.code == 0, found.text
+    assert re.search(r"'Ada anaishi': (en|de|sw|tr) \([01]\.\d\d\)", found.text), found.text
 
 
 def test_prompts_of_an_evaluation_are_what_the_flags_say(workplace, tmp_path: Path) -> None:
