@@ -45,8 +45,6 @@ SLOW = (
     *(
         "hunyuan_v1_dense",
         "lfm2",
-        "llama4_text",
-        "granitemoehybrid",
         "cohere",
         "cohere2",
         "stablelm",

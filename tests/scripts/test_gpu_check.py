@@ -352,6 +352,12 @@ def test_what_is_imported_on_the_device_is_there_or_brought(gpu_check: ModuleTyp
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     found = {name.lower().replace("_", "-") for name in json.loads(result.stdout.splitlines()[-1])}
     optional = {"datasets", "dill", "multiprocess"}  # which transformers imports where they are
+    optional |= {
+        "cloudpickle",
+        "colorama",
+        "pytz",
+        "six",
+    }  # as pyarrow, torch and pandas (with its own dateutil) do
     of_the_hub = {"httpx2", "httpcore2", "truststore"}  # newer releases of huggingface_hub alone
     assert "pydantic" in found
     assert found - gpu_wheels.EXPECTED - set(gpu_wheels.PACKAGES) <= {"shifcon-fast", *optional, *of_the_hub}
