@@ -104,6 +104,7 @@ def test_a_generation_needs_no_further_argument(attached):
         model(two)
 
 
+@pytest.mark.slow("torch.compile of one more model")
 def test_compiled_code_does_not_depend_on_the_languages(attached):
     """One graph for one language or another, one for a list of them; the pivot's rows need none of the shift."""
     model, handle = attached

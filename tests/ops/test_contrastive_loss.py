@@ -175,6 +175,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(grad, expected_grad)
 
 
+@pytest.mark.slow("multiplies 12,000 rows with as many")
 def test_twelve_thousand_rows_stay_below_250_mebibytes() -> None:
     """The N × N logits alone would be 549 MiB. Peak memory of a process of its own, forward and backward."""
     script = """

@@ -64,6 +64,7 @@ def call(suite: str, folder: Path, *options: str, stub: bool = False) -> subproc
     )
 
 
+@pytest.mark.slow("runs a benchmark")
 def test_the_record_holds_times_spread_and_shares(tmp_path: Path) -> None:
     result = call(SUITE, tmp_path, "--benchmark-json", "out.json")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import psutil
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -43,6 +44,7 @@ def test_jobs_run_side_by_side(gpu_check: ModuleType, tmp_path: Path) -> None:
     assert "== three: exit status 3" in log
 
 
+@pytest.mark.slow("waits for processes that are to be ended")
 def test_a_job_that_runs_over_is_asked_to_stop_and_its_children_end(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def test_comes_after(): pass
 """
 
 
+@pytest.mark.slow("waits for processes that are to be ended")
 def test_outcomes_are_on_disk_when_they_are_known(gpu_check: ModuleType, tmp_path: Path) -> None:
     """Also that of a test which lost the device: the process ends there, and another one does the rest."""
     (tmp_path / "test_some.py").write_text(RECORDED, encoding="utf-8")
