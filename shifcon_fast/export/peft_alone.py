@@ -22,8 +22,9 @@ from transformers import AutoConfig
 
 from shifcon_fast.export.engagement import Engagement, check_engagement
 from shifcon_fast.export.output_bias import OutputBias, biases_for, sizes
-from shifcon_fast.export.plain_copy import active_adapter, plain_copy
+from shifcon_fast.export.plain_copy import plain_copy
 from shifcon_fast.export.shift_vectors import ShiftVectors, shift_vectors
+from shifcon_fast.modeling.adapters import active_adapter
 from shifcon_fast.storage import replacing
 from shifcon_fast.version import __version__
 

@@ -23,15 +23,3 @@ def plain_copy(model: Any) -> Any:
     if handle is not None:
         handle.detach()
     return copied.eval()
-
-
-def active_adapter(model: Any) -> str:
-    """The name of the one adapter that is active.
-
-    Raises:
-        ValueError: several are.
-    """
-    names = list(model.active_adapters)
-    if len(names) != 1:
-        raise ValueError(f"model: has the active adapters {names}; wanted one: call model.set_adapter(name)")
-    return str(names[0])

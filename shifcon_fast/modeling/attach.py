@@ -11,12 +11,12 @@ from types import MappingProxyType, TracebackType
 import torch
 from torch import Tensor, nn
 
+from shifcon_fast.modeling.adapters import adapted_module
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.installation import (
-    adapted_module,
     install,
     outermost_model,
     put_tables,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,20 +65,6 @@ def uninstall(decoder: Decoder, outer: nn.Module) -> None:
 def swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
     """The modules whose class :func:`install` swaps."""
     return [*decoder.blocks, decoder.module, *([] if outer is decoder.module else [outer])]
-
-
-def adapted_module(decoder: nn.Module, adapter: str) -> nn.Module:
-    """A module of an adapter, which knows whether it is active; it goes on saying so once adapters are merged.
-
-    Raises:
-        ValueError: no such adapter.
-    """
-    layers = [layer for layer in decoder.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
-            return layer
-    known = sorted({name for layer in layers for name in layer.active_adapters})
-    raise ValueError(f"adapter: got {adapter!r}; the model has no such PEFT adapter (active: {known})")
 
 
 def outermost_model(model: nn.Module, decoder: nn.Module) -> nn.Module:

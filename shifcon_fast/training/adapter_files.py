@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from shifcon_fast.modeling.adapters import active_adapter
 from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.storage import read_json, write_json
 
@@ -25,18 +26,16 @@ _WEIGHTS = "adapter_model.safetensors"
 _EMBEDDINGS = ("embed_tokens", "embed_in", "word_embeddings", "wte", "lm_head", "embed_out")
 
 
-def active_adapter(model: Any) -> str:
+def adapter_to_save(model: Any) -> str:
     """The name of the one adapter that is active.
 
     Raises:
         ValueError: several are, or its name would be a path.
     """
-    names = list(model.active_adapters)
-    if len(names) != 1:
-        raise ValueError(f"model: has the active adapters {names}; wanted one: call model.set_adapter(name)")
-    if names[0] != Path(names[0]).name or names[0] in (".", ".."):
-        raise ValueError(f"model: its adapter is called {names[0]!r}; wanted a name that is no path")
-    return str(names[0])
+    name = active_adapter(model)
+    if name != Path(name).name or name in (".", ".."):
+        raise ValueError(f"model: its adapter is called {name!r}; wanted a name that is no path")
+    return name
 
 
 def save_adapter(folder: Path, model: Any) -> None:
@@ -45,7 +44,7 @@ def save_adapter(folder: Path, model: Any) -> None:
     Where ``resize_token_embeddings`` has changed the embedding, its rows are written too, since the base model does
     not have them.
     """
-    name = active_adapter(model)
+    name = adapter_to_save(model)
     model.save_pretrained(
         str(folder),
         selected_adapters=[name],
@@ -77,7 +76,7 @@ def warn_of_what_is_not_saved(model: Any) -> None:
     Raises:
         ValueError: a resized embedding that the adapter targets; PEFT would not save the whole of it.
     """
-    name = active_adapter(model)
+    name = adapter_to_save(model)
     if others := [other for other in model.peft_config if other != name]:
         logger.warning(
             "The run saves its adapter %r; %s are not part of it", name, ", ".join(map(repr, others))

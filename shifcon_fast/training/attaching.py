@@ -12,7 +12,7 @@ from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training.adapter_files import active_adapter
+from shifcon_fast.training.adapter_files import adapter_to_save
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.checkpoints import CARD, read_trainer_state
 from shifcon_fast.training.run_card import read_card
@@ -47,7 +47,7 @@ def attach_for_training(
         _use_attachment(handle, args, space)
         return handle
     assert space is not None
-    adapter = active_adapter(model) if hasattr(model, "active_adapters") else None
+    adapter = adapter_to_save(model) if hasattr(model, "active_adapters") else None
     if isinstance(space, LanguageShift):
         return attach(model, space, adapter=adapter)
     forward, backward = choose_area(args, space)

@@ -17,7 +17,7 @@ from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.vocabulary import embedding_rows
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import read_json, sha256_file, verify
-from shifcon_fast.training.adapter_files import active_adapter
+from shifcon_fast.training.adapter_files import adapter_to_save
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.shift_file import SHIFT
 from shifcon_fast.version import __version__
@@ -122,7 +122,7 @@ def make_card(
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
         "fingerprint": model_fingerprint(model),  # type: ignore[typeddict-item]
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
-        "adapter": active_adapter(model),
+        "adapter": adapter_to_save(model),
         "embedding_rows": embedding_rows(base),
         "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),  # type: ignore[typeddict-item]
         "area": {"forward": shift.forward, "backward": shift.backward} if shift else None,
