@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -263,6 +264,24 @@ def word_tokenizer(parallel_text: dict[str, list[str]]) -> PreTrainedTokenizerFa
         unk_token="<unk>",
         model_max_length=128,
     )
+
+
+def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["padding"], backend["truncation"]  # each call sets them anew
+    return {"shown": repr(tokenizer), "chat_template": tokenizer.chat_template, "backend": backend}
+
+
+@pytest.fixture(autouse=True)
+def _tests_leave_the_shared_tokenizer_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that changes the session's tokenizer fails itself, and no other one in another order."""
+    if "word_tokenizer" not in request.fixturenames:
+        yield
+        return
+    tokenizer = request.getfixturevalue("word_tokenizer")
+    before = _settings(tokenizer)
+    yield
+    assert _settings(tokenizer) == before, "work on copy.deepcopy(word_tokenizer)"
 
 
 @pytest.fixture(scope="session")

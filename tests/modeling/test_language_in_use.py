@@ -285,7 +285,8 @@ def test_a_shift_has_its_area_and_a_space_has_none(tiny_model, random_space):
 def test_a_pipeline_is_shifted(attached, word_tokenizer):
     model, handle = attached
     model.resize_token_embeddings(max(len(word_tokenizer), 128))
-    generator = pipeline("text-generation", model=model, tokenizer=word_tokenizer, device="cpu")
+    tokenizer = copy.deepcopy(word_tokenizer)  # a pipeline turns its padding side
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     prompt = "Ada Ben"
     settings = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
     handle.reset_engagements()

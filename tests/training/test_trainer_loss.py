@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -191,15 +192,15 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
             )
 
 
-def test_padding_side_of_the_tokenizer_does_not_matter(make_trainer: Callable[..., ShifConTrainer]) -> None:
+def test_padding_side_of_the_tokenizer_does_not_matter(
+    make_trainer: Callable[..., ShifConTrainer], word_tokenizer: PreTrainedTokenizerFast
+) -> None:
     losses = []
+    tokenizer = copy.deepcopy(word_tokenizer)
     for side in ("right", "left"):
-        trainer = make_trainer(max_steps=1)
-        trainer.processing_class.padding_side = side
-        try:
-            trainer.train()
-        finally:
-            trainer.processing_class.padding_side = "right"
+        tokenizer.padding_side = side
+        trainer = make_trainer(max_steps=1, processing_class=tokenizer)
+        trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == losses[1]
 
