@@ -12,14 +12,18 @@ itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.objective.across_processes import gather_pairs, pairs_of_processes
+from shifcon_fast.objective.gradient_cache import encode_in_turns, passes_needed
 from shifcon_fast.objective.recipe import MclMode
 
 
@@ -64,6 +68,9 @@ def mcl_loss(
     *,
     mode: MclMode = "shifted",
     temperature: float = 0.05,
+    mini_batch_size: int | None = None,
+    gather_across_devices: bool = False,
+    pairs_by_process: Sequence[int] | None = None,
 ) -> Tensor:
     """L_mcl of a batch of translation pairs, for the area [f, b) of an attached model.
 
@@ -74,18 +81,38 @@ def mcl_loss(
         batch: see :class:`ContrastiveBatch`; it is moved to the model's device.
         handle: what ``attach`` returned.
         mode, temperature: as for :func:`mcl_from_representations`.
+        mini_batch_size: pairs in one pass. A larger batch runs in several, one after another, with the same loss
+            and gradients and the memory of one (:mod:`.gradient_cache`). None: all in one pass.
+        gather_across_devices: contrast with the pairs of all processes. Every process gets the same loss, the mean
+            over all pairs, and its share of the gradient times the number of processes: what processes that average
+            their gradients (DDP, FSDP, DeepSpeed) have to begin with. No sentence should be with two processes.
+        pairs_by_process: how many pairs each process has, where that is known: it saves asking, which waits for the
+            device.
 
     Returns:
         () float32 with a graph to the model's parameters.
 
     Raises:
-        ValueError: unknown mode, a temperature that is not positive, an odd number of rows.
+        ValueError: unknown mode, a temperature that is not positive, an odd number of rows, a process without
+            pairs, processes that would need unequal numbers of passes.
     """
     _check(mode, temperature)
-    boundaries = range(handle.forward, handle.backward)
+    gathers = gather_across_devices and dist.is_available() and dist.is_initialized()
+    if (
+        gathers and pairs_by_process is None
+    ):  # before a refusal by one process, which the others would wait for
+        pairs_by_process = pairs_of_processes(batch["input_ids"].shape[0] // 2, _device_of(model))
+    counts = pairs_by_process if gathers and pairs_by_process else [_count_pairs(batch)]
     pivot, other = contrastive_representations(
-        model, batch, boundaries, shifted=mode == "shifted", keep_massive=handle.recipe == "official"
+        model,
+        batch,
+        range(handle.forward, handle.backward),
+        shifted=mode == "shifted",
+        keep_massive=handle.recipe == "official",
+        passes=passes_needed(counts, mini_batch_size),
     )
+    if gathers:
+        pivot, other = gather_pairs(pivot, counts), gather_pairs(other, counts)
     return mcl_from_representations(pivot, other, mode=mode, temperature=temperature)
 
 
@@ -96,28 +123,57 @@ def contrastive_representations(
     *,
     shifted: bool,
     keep_massive: bool = False,
+    passes: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Representations of a batch's pivot sentences and of their translations, each (len(boundaries), N, d) float32.
 
-    ``keep_massive``: see :func:`boundary_representations`.
+    ``keep_massive``: see :func:`boundary_representations`. ``passes``: how many the batch is divided into.
 
     Raises:
         ValueError: an odd number of rows.
     """
+    pairs = _count_pairs(batch)
+    device = _device_of(model)
+
+    def encode(part: Mapping[str, Tensor]) -> Tensor:
+        return boundary_representations(
+            model,
+            part["input_ids"],
+            part["attention_mask"],
+            part["pool_mask"],
+            boundaries,
+            part["language_ids"] if shifted else None,
+            keep_massive=keep_massive,
+        )
+
+    rows: dict[str, Tensor] = {**batch}  # type: ignore[dict-item]
+    parts = [rows]
+    if passes > 1:
+        parts = [_part_of(rows, pairs * i // passes, pairs * (i + 1) // passes) for i in range(passes)]
+    parts = [{name: values.to(device) for name, values in part.items()} for part in parts]
+    halves = [part.chunk(2, dim=1) for part in encode_in_turns(encode, parts)]
+    return torch.cat([pivot for pivot, _ in halves], 1), torch.cat([other for _, other in halves], 1)
+
+
+def _count_pairs(batch: ContrastiveBatch) -> int:
     rows = batch["input_ids"].shape[0]
     if rows == 0 or rows % 2:
         raise ValueError(f"batch: got {rows} rows; wanted N pivot sentences and their N translations")
-    device = next(model.parameters()).device
-    representations = boundary_representations(
-        model,
-        batch["input_ids"].to(device),
-        batch["attention_mask"].to(device),
-        batch["pool_mask"].to(device),
-        boundaries,
-        batch["language_ids"].to(device) if shifted else None,
-        keep_massive=keep_massive,
-    )
-    return representations[:, : rows // 2], representations[:, rows // 2 :]
+    return rows // 2
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _part_of(batch: Mapping[str, Tensor], first: int, end: int) -> dict[str, Tensor]:
+    """Some pairs of a batch: their pivot sentences, then their translations; no wider than the longest."""
+    part = {name: torch.cat([half[first:end] for half in values.chunk(2)]) for name, values in batch.items()}
+    mask = part["attention_mask"]
+    if mask.device.type != "cpu":  # looking would cost a synchronisation
+        return part
+    width = int(mask.any(0).nonzero().max()) + 1
+    return {name: values[:, :width] if values.dim() == 2 else values for name, values in part.items()}
 
 
 def _check(mode: str, temperature: float) -> None:

@@ -42,6 +42,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
     "contrastive_batch_size": 2,
+    "contrastive_mini_batch_size": 1,
     "refresh_every": 1,
     "estimation_batch_size": 1,
     "max_length": 2,
@@ -100,6 +101,17 @@ class ShifConArguments(TrainingArguments):
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the contrastive loss."})
     contrastive_batch_size: int | None = field(
         default=None, metadata={"help": "Translation pairs per process and micro-batch."}
+    )
+    contrastive_mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs in one pass of the contrastive loss. With fewer than contrastive_batch_size it takes "
+            "several, the memory of one, and gives the same loss and gradients. Default: all in one pass."
+        },
+    )
+    gather_across_devices: bool = field(
+        default=False,
+        metadata={"help": "Contrast each pair with those of all processes, not of its own alone."},
     )
     mixed_languages: bool | None = field(
         default=None,
@@ -216,7 +228,8 @@ class ShifConArguments(TrainingArguments):
 
     def _check(self) -> None:
         for name, least in _AT_LEAST.items():
-            if (value := getattr(self, name)) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; wanted {least} or more")
         for name in ("w_gen", "w_mcl"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):

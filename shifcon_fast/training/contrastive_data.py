@@ -33,6 +33,8 @@ class ContrastiveSampler:
         tokenizer: the model's.
         language_id: the id of a language code.
         batch_size: N.
+        processes: whose batches are contrasted with each other: together they are one batch, in which no text is
+            twice, and the same one whatever their number.
         mixed_languages: draw a language for each pair; otherwise one for the whole batch.
         max_length_pivot, max_length_other: tokens kept of a sentence, special tokens included.
         pool_all_tokens: represent a sentence by all its tokens (official), not by its content tokens.
@@ -52,6 +54,7 @@ class ContrastiveSampler:
         language_id: Callable[[str], int],
         *,
         batch_size: int,
+        processes: int = 1,
         mixed_languages: bool = True,
         max_length_pivot: int = 256,
         max_length_other: int = 256,
@@ -59,16 +62,18 @@ class ContrastiveSampler:
         seed: int = 0,
         embedding_rows: int | None = None,
     ) -> None:
+        self._batch_size = batch_size
+        self._processes = processes
         if pivot not in parallel:
             raise DataError(f"parallel: has {', '.join(parallel)}; wanted the pivot {pivot!r} too")
         self._others = [language for language in parallel if language != pivot]
         if not self._others:
             raise DataError(f"parallel: has only the pivot {pivot!r}; wanted at least one other language")
         for language, sentences in parallel.items():
-            if (distinct := len(set(sentences))) < batch_size:
+            if (distinct := len(set(sentences))) < batch_size * processes:
                 raise DataError(
                     f"parallel: {language!r} has {distinct} distinct sentences; wanted at least "
-                    f"contrastive_batch_size = {batch_size}, or they would be their own negatives"
+                    f"{self._wanted()}, or they would be their own negatives"
                 )
         if embedding_rows is not None and gives_unknown_ids(tokenizer, embedding_rows):
             for language, sentences in parallel.items():  # now, not in the middle of training
@@ -80,7 +85,6 @@ class ContrastiveSampler:
         self._pivot = pivot
         self._tokenizer = tokenizer
         self._ids = {language: language_id(language) for language in parallel}
-        self._batch_size = batch_size
         self._mixed = mixed_languages
         self._max_length = (max_length_pivot, max_length_other)
         self._pool_all = pool_all_tokens
@@ -89,9 +93,15 @@ class ContrastiveSampler:
 
     def pairs(self, step: int, micro_batch: int = 0, rank: int = 0) -> list[tuple[int, str]]:
         """(row, language) of each pair of a batch."""
-        random = np.random.default_rng((self._seed, step, micro_batch, rank))
-        drawn = random.integers(len(self._others), size=self._batch_size if self._mixed else 1)
-        languages = [self._others[int(index)] for index in drawn] * (1 if self._mixed else self._batch_size)
+        if self._processes > 1:  # one batch for all, of which each has its part
+            drawn = self._draw((step, micro_batch, 0), self._batch_size * self._processes)
+            return drawn[rank * self._batch_size :][: self._batch_size]
+        return self._draw((step, micro_batch, rank), self._batch_size)
+
+    def _draw(self, position: tuple[int, int, int], count: int) -> list[tuple[int, str]]:
+        random = np.random.default_rng((self._seed, *position))
+        drawn = random.integers(len(self._others), size=count if self._mixed else 1)
+        languages = [self._others[int(index)] for index in drawn] * (1 if self._mixed else count)
         pairs: list[tuple[int, str]] = []
         seen: set[str] = set()
         for row in random.permutation(len(self._parallel[self._pivot])):
@@ -102,12 +112,16 @@ class ContrastiveSampler:
             ):
                 seen |= texts
                 pairs.append((int(row), language))
-                if len(pairs) == self._batch_size:
+                if len(pairs) == count:
                     return pairs
         raise DataError(
             f"parallel: only {len(pairs)} rows whose sentences all differ and have a content token; wanted "
-            f"contrastive_batch_size = {self._batch_size}"
+            f"{self._wanted()}"
         )
+
+    def _wanted(self) -> str:
+        together = f" x {self._processes} processes" if self._processes > 1 else ""
+        return f"contrastive_batch_size = {self._batch_size}{together}"
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0) -> ContrastiveBatch:
         """The batch of an optimizer step, a micro-batch in it, and a process."""
@@ -175,6 +189,7 @@ def make_sampler(
         tokenizer,
         handle.shift.language_id,
         batch_size=int(args.contrastive_batch_size or 0),
+        processes=args.world_size if args.gather_across_devices else 1,
         mixed_languages=bool(args.mixed_languages),
         max_length_pivot=within_context(args.max_length_pivot, handle.model),
         max_length_other=within_context(args.max_length_other, handle.model),

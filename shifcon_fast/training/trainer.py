@@ -203,6 +203,9 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
             self.handle,
             mode=self.args.mcl_mode,  # type: ignore[arg-type]
             temperature=float(self.args.temperature or 1.0),
+            mini_batch_size=self.args.contrastive_mini_batch_size,
+            gather_across_devices=self.args.gather_across_devices,
+            pairs_by_process=[batch["input_ids"].shape[0] // 2] * self.args.world_size,
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

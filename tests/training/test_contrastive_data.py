@@ -79,6 +79,22 @@ def test_no_text_twice_in_a_batch(sampler: Callable[..., ContrastiveSampler]) ->
     assert {row for step in range(50) for row, _ in built.pairs(step)} == {0, 1, 2, 3, 4, 5}
 
 
+def test_processes_together_have_the_batch_of_one(
+    sampler: Callable[..., ContrastiveSampler], parallel_text: dict[str, list[str]]
+) -> None:
+    """Whose negatives are gathered, and for which another process's copy of a sentence would be one."""
+    for mixed in (True, False):
+        alone = sampler(batch_size=12, mixed_languages=mixed)
+        ranks = [sampler(batch_size=4, processes=3, mixed_languages=mixed)] * 3
+        for step in range(4):
+            parts = [each.pairs(step, 0, rank) for rank, each in enumerate(ranks)]
+            assert [len(part) for part in parts] == [4, 4, 4]
+            assert [pair for part in parts for pair in part] == alone.pairs(step)
+    few = {code: texts[:11] for code, texts in parallel_text.items()}
+    with pytest.raises(DataError, match=r"11 distinct .* contrastive_batch_size = 4 x 3 processes"):
+        sampler(few, batch_size=4, processes=3)
+
+
 def test_lengths_and_official_pooling(sampler: Callable[..., ContrastiveSampler]) -> None:
     batch = sampler(max_length_pivot=3, max_length_other=4, pool_all_tokens=True).batch(0)
     assert batch["attention_mask"][:6].sum(1).tolist() == [3] * 6

@@ -192,6 +192,33 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
             )
 
 
+def test_contrastive_mini_batches_change_nothing(make_trainer: Callable[..., ShifConTrainer]) -> None:
+    """On 4-bit weights, with checkpointed blocks, accumulated."""
+    found = []
+    for size in (None, 3):
+        recorder = Recorder()
+        trainer = make_trainer(
+            folder=f"mini-batches-of-{size}",
+            quantization="nf4",
+            contrastive_batch_size=8,
+            contrastive_mini_batch_size=size,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+            max_grad_norm=0.0,
+            max_steps=1,
+            final_estimation=False,
+            callbacks=[recorder],
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        losses = {name: torch.tensor(log[name]) for name in ("loss", "loss_generation", "loss_contrastive")}
+        found.append({**losses, **recorder.gradients})
+    assert len(found[0]) > 20
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_padding_side_of_the_tokenizer_does_not_matter(
     make_trainer: Callable[..., ShifConTrainer], word_tokenizer: PreTrainedTokenizerFast
 ) -> None:
