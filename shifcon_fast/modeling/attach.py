@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from shifcon_fast.modeling.adapters import adapted_module
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
-from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.installation import (
     install,
@@ -26,10 +27,14 @@ from shifcon_fast.modeling.installation import (
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.spoken import Spoken, spoken
 from shifcon_fast.modeling.swap import HANDLES, original_class
+from shifcon_fast.space.intervention import InterventionName
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
 
 logger = logging.getLogger(__name__)
+
+_AREA = ("forward", "backward", "recipe", "num_boundaries", "hidden_size")
+_KEPT = ("languages", "pivot", *_AREA, "intervention", "targets")  # by set_shift
 
 
 def attach(
@@ -40,6 +45,9 @@ def attach(
     alpha: float | None = None,
     *,
     recipe: Recipe | None = None,
+    intervention: InterventionName | None = None,
+    targets: Sequence[str] = (),
+    seed: int = 0,
     adapter: str | None = None,
     check_fingerprint: bool = True,
 ) -> ShiftHandle:
@@ -67,6 +75,9 @@ def attach(
         alpha: length of the shift, in language vector differences; finite. None is 1.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f-1 and b-1, as the authors' code does. None is ``"stable"``.
+        intervention: another way to move hidden states than by the mean shift, which None is: a map between
+            subspaces, or a control; see :mod:`shifcon_fast.space.intervention`. Some move the pivot's rows too.
+        targets, seed: of the intervention, see :meth:`.LanguageSpace.shift`.
         adapter: shift only while this PEFT adapter is the active one; None shifts whatever the adapter.
         check_fingerprint: refuse a space that was estimated on another model.
 
@@ -85,7 +96,8 @@ def attach(
             "model: it is attached already; call model.shifcon.detach() first, or model.shifcon.add_shift(...) for "
             "a further adapter's."
         )
-    shift = _shift(space, decoder, forward=forward, backward=backward, alpha=alpha, recipe=recipe)
+    options = {"intervention": intervention, "targets": targets, "seed": seed}
+    shift = _shift(space, decoder, options, forward=forward, backward=backward, alpha=alpha, recipe=recipe)
     _check_fits(shift, model, decoder, check_fingerprint)
     outer = outermost_model(model, decoder.module)
     attachment = Attachment(
@@ -245,20 +257,16 @@ class ShiftHandle:
             ValueError: another area, recipe, pivot, hidden size, other languages (or another order of them).
         """
         before = self.shift
-        for name in ("languages", "pivot", "forward", "backward", "recipe", "num_boundaries", "hidden_size"):
+        for name in _KEPT:
             if getattr(shift, name) != getattr(before, name):
                 raise ValueError(
                     f"shift: got {name} {getattr(shift, name)}, wanted {getattr(before, name)}; detach and attach "
                     "to change it."
                 )
         self._require_attached()
-        for block, vectors in shift.tables().items():
-            table = self.shift_table(block)
-            assert table is not None
-            with torch.no_grad():
-                table.copy_(vectors)
         adapter = next(adapter for adapter, each in self.shifts.items() if each is before)
         self._attachment.shifts[adapter] = shift
+        put_tables(self._decoder, self._attachment)
 
     def add_shift(self, shift: LanguageShift, adapter: str, *, check_fingerprint: bool = True) -> None:
         """Attach the shift of a further PEFT adapter; ``set_adapter`` then chooses between adapters with theirs.
@@ -272,6 +280,11 @@ class ShiftHandle:
             whose = "one whatever the adapter" if None in self.shifts else f"that of {adapter!r}"
             raise ValueError(f"adapter: the model is attached with {whose} already; detach it first.")
         _check_fits(shift, self.model, self._decoder, check_fingerprint)
+        if shift.is_map or self.shift.is_map:
+            raise ValueError(
+                f"shift: got intervention {shift.intervention!r} beside {self.shift.intervention!r}; a map "
+                "must be the only shift of a model: wanted interventions that add vectors, or a model for each"
+            )
         adapted = adapted_module(self._decoder.module, adapter)
         self._attachment.shifts[adapter] = shift
         self._attachment.adapted = adapted
@@ -357,17 +370,19 @@ class ShiftHandle:
 def _shift(
     space: LanguageSpace | LanguageShift,
     decoder: Decoder,
+    options: Mapping[str, Any],
     *,
     forward: int | None,
     backward: int | None,
     alpha: float | None,
     recipe: Recipe | None,
 ) -> LanguageShift:
+    given = {name: value for name, value in options.items() if value}
     if isinstance(space, LanguageShift):
-        if (forward, backward, alpha, recipe) != (None, None, None, None):
+        if given or (forward, backward, alpha, recipe) != (None, None, None, None):
             raise TypeError(
-                "forward, backward, alpha, recipe: got one with a LanguageShift, which has them; "
-                "dataclasses.replace(shift, alpha=...) changes them"
+                "forward, backward, alpha, recipe, intervention, targets, seed: got one with a LanguageShift, "
+                "which has them; dataclasses.replace(shift, alpha=...) changes them"
             )
         return space
     if forward is None or backward is None:
@@ -376,7 +391,7 @@ def _shift(
             "recommend_area(space)"
         )
     _check_size(space, decoder)
-    return space.shift(forward, backward, 1.0 if alpha is None else float(alpha), recipe or "stable")
+    return space.shift(forward, backward, 1.0 if alpha is None else float(alpha), recipe or "stable", **given)
 
 
 def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_fingerprint: bool) -> None:

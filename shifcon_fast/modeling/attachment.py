@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shifcon_fast.modeling.routing import Routing
 from shifcon_fast.modeling.spoken import NO_ROUTER, Spoken
+from shifcon_fast.space.intervention import MapTables, ProjectionTables
 from shifcon_fast.space.language_shift import LanguageShift
 
 ATTACHMENT = "_shifcon"
@@ -122,6 +123,10 @@ class Attachment:
             for block in blocks
         }
 
+    def maps(self) -> dict[int, MapTables | ProjectionTables]:
+        """block → how its input is moved, where the shift is a map; then it is the only one of the model."""
+        return {block: map_ for shift in self.shifts.values() for block, map_ in shift.maps().items()}
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """No row is shifted in this thread's calls inside, and none is warned of."""
@@ -204,7 +209,8 @@ class Attachment:
         if language_ids is None or shift.alpha == 0:
             return None
         ids = language_ids.to(device=None if tokens is None else tokens.device, dtype=torch.long)
-        return torch.where((ids < 0) | (ids == shift.pivot_id), -1, ids + found.first)
+        still = ids < 0 if shift.moves_pivot else (ids < 0) | (ids == shift.pivot_id)
+        return torch.where(still, -1, ids + found.first)
 
     def _warn_unshifted(self, shift: LanguageShift) -> None:
         if not shift.alpha:

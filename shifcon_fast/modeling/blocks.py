@@ -8,6 +8,7 @@ With r the residual stream, N a norm, A attention, M the MLP, and s the shift (t
     shift_only   r ← r + s;  the block's own forward
 
 A and M are the row's ``mixer`` and ``feed_forward``: another mixer, or experts, may stand in their places.
+A map (``block_shift``) takes the place of r + s.
 The shift and the first residual add ride along with the norm that reads their sum. Unshifted, every layout performs
 the operations of transformers' forward in the same order; the fused add sums in float32 and rounds once, which is
 what a bfloat16 or float16 addition does too.
@@ -25,11 +26,9 @@ from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
 from shifcon_fast.modeling.attachment import ATTACHMENT
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
 from shifcon_fast.modeling.branches import Arguments, Norm
 from shifcon_fast.modeling.norms import NORM_COUNTS, Shift, add_norm, add_shift
-
-SHIFT_TABLE = "_shifcon_shift"
-"""Name of the non-persistent buffer, (K, d) float32, on a block whose boundary is shifted."""
 
 BlockForward = Callable[..., Any]
 LayoutOutput = tuple[Tensor, Tensor | None]  # hidden states, attention weights where asked for
@@ -44,7 +43,7 @@ def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     def forward(
         self: nn.Module, hidden_states: Tensor, *args: Any, language_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        shift = _shift_of(self, hidden_states, language_ids)
+        hidden_states, shift = _shift(self, hidden_states, language_ids)
         if architecture.layout == "shift_only":
             hidden_states = hidden_states if shift is None else add_shift(hidden_states, shift)
             return original.forward(self, hidden_states, *args, **kwargs)
@@ -59,11 +58,13 @@ def block_forward(original: Any, architecture: Architecture) -> BlockForward:
     return forward
 
 
-def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | None) -> Shift | None:
-    """What this call of a block adds to its input; None where there is nothing to add."""
+def _shift(
+    block: nn.Module, hidden_states: Tensor, language_ids: Tensor | None
+) -> tuple[Tensor, Shift | None]:
+    """A block's input, moved where the intervention is a map; and what is to be added to it, if anything is."""
     table = block._buffers.get(SHIFT_TABLE)
     if table is None or language_ids is None:
-        return None
+        return hidden_states, None
     if hidden_states.dim() != 3 or hidden_states.shape[: language_ids.dim()] != language_ids.shape:
         raise ValueError(
             f"model: the input of a {type(block).__name__} has shape {tuple(hidden_states.shape)}, which "
@@ -74,7 +75,10 @@ def _shift_of(block: nn.Module, hidden_states: Tensor, language_ids: Tensor | No
         routing.decide(hidden_states)
     if not torch.compiler.is_compiling():
         counts.engaged["shift"] += 1
-    return Shift(table.to(hidden_states.device), language_ids.to(hidden_states.device))
+    language_ids = language_ids.to(hidden_states.device)
+    if is_mapped(block):
+        return mapped(block, hidden_states, language_ids), None
+    return hidden_states, Shift(table.to(hidden_states.device), language_ids)
 
 
 def _norm_of(block: nn.Module, architecture: Architecture) -> Norm:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
-from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
 from shifcon_fast.modeling.content import ordinary_tokens
 
 
@@ -71,7 +71,11 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
             mask, *_ = ordinary_tokens(hidden_states, mask != 0)
         mean = ops.masked_mean_pool(hidden_states, mask)
         table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
-        if ids is not None and table is not None:
+        if ids is not None and table is not None and is_mapped(decoder.blocks[boundary]):
+            # A map is affine: the mean of what it gives is what it gives of the mean.
+            rows = torch.where(mask.any(dim=1).to(mean.device), ids.to(mean.device), -1)
+            mean = mapped(decoder.blocks[boundary], mean[:, None], rows)[:, 0]
+        elif ids is not None and table is not None:
             mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), mask)
         pooled[boundary] = mean
 

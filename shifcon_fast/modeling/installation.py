@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from shifcon_fast.modeling.architectures import Decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment
-from shifcon_fast.modeling.blocks import SHIFT_TABLE
+from shifcon_fast.modeling.block_shift import put_shift, remove_shift
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.swap import (
     HANDLES,
@@ -40,10 +39,10 @@ def install(decoder: Decoder, outer: nn.Module, attachment: Attachment) -> None:
 
 
 def put_tables(decoder: Decoder, attachment: Attachment) -> None:
-    """Register what the blocks add, as buffers, which move with them."""
+    """Register what the blocks add or do to their inputs, as buffers, which move with them."""
+    maps = attachment.maps()
     for index, table in attachment.tables().items():
-        block = decoder.blocks[index]
-        block.register_buffer(SHIFT_TABLE, table.to(_device_of(block)), persistent=False)
+        put_shift(decoder.blocks[index], table, maps.get(index))
 
 
 def _swap(module: nn.Module, subclass: Callable[[Any], type[nn.Module]]) -> None:
@@ -58,8 +57,7 @@ def uninstall(decoder: Decoder, outer: nn.Module) -> None:
         for name in (ATTACHMENT, NORM_COUNTS, HANDLES):
             module.__dict__.pop(name, None)
     for block in decoder.blocks:
-        block._buffers.pop(SHIFT_TABLE, None)
-        block._non_persistent_buffers_set.discard(SHIFT_TABLE)
+        remove_shift(block)
 
 
 def swapped_modules(decoder: Decoder, outer: nn.Module) -> list[nn.Module]:
@@ -73,9 +71,3 @@ def outermost_model(model: nn.Module, decoder: nn.Module) -> nn.Module:
         if isinstance(module, PreTrainedModel) and any(part is decoder for part in module.modules()):
             return module
     return decoder
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    """Where a block computes; weights that accelerate offloads are on ``meta`` between calls."""
-    device = next(block.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

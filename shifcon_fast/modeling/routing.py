@@ -57,7 +57,7 @@ class Routing:
             assert self._shift.router is not None
             likely = self._shift.router.probabilities(means).max(dim=-1)
         sure = (likely.values >= self._threshold) & mask.any(dim=1)
-        moved = sure & (likely.indices != self._shift.pivot_id)
+        moved = sure if self._shift.moves_pivot else sure & (likely.indices != self._shift.pivot_id)
         self.detected = likely.indices, torch.where(mask.any(dim=1), likely.values, 0.0)
         self.ids.copy_(torch.where(moved, likely.indices + self._first, -1))
 

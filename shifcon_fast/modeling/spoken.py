@@ -88,7 +88,7 @@ def spoken(languages: str | Sequence[str], shifts: Sequence[LanguageShift]) -> S
     still = frozenset(
         number
         for number, (each, shift) in enumerate(zip(ids, shifts, strict=True))
-        if each is not None and bool((each == shift.pivot_id).all())
+        if each is not None and not shift.moves_pivot and bool((each == shift.pivot_id).all())
     )
     return Spoken(spelt[0] if single else spelt, is_auto=False, is_single=single, ids=tuple(ids), still=still)
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, architecture_of_class, shift_alone
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment
-from shifcon_fast.modeling.blocks import SHIFT_TABLE, block_forward
+from shifcon_fast.modeling.block_shift import keep_float32
+from shifcon_fast.modeling.blocks import block_forward
 from shifcon_fast.modeling.routing import Routing
 
 Modules = type[nn.Module]
@@ -100,12 +100,7 @@ def block_class(original: Any) -> Modules:
 def _block_class(original: Any, row: Architecture) -> Modules:
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        table = self._buffers.get(SHIFT_TABLE)
-        original._apply(self, fn, recurse)
-        moved = self._buffers.get(SHIFT_TABLE)
-        if table is not None and moved is not None and moved.dtype != torch.float32:
-            # .half() and .to(bfloat16) mean the weights; the vectors stay as they were estimated.
-            self._buffers[SHIFT_TABLE] = table.to(moved.device)
+        keep_float32(self, lambda: original._apply(self, fn, recurse))
         return self
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -101,6 +101,7 @@ class SpaceAccumulator:
         self._router_bias = torch.full(shape, nan) if routed else None
         self._bases: dict[tuple[int, str], Tensor] = {}
         self._variances: dict[tuple[int, str], Tensor] = {}
+        self._covariances: dict[tuple[int, str], Tensor] = {}
         self._range: _RangeSums | None = None
 
     @property
@@ -188,6 +189,7 @@ class SpaceAccumulator:
             sink_share=self._sink_share,
             bases=self._bases,
             variances=self._variances,
+            covariances=self._covariances,
             ridge=self._ridge if measured else None,
             floors=self._floors if measured else None,
             split_distances=self._split_distances if measured else None,
@@ -222,6 +224,10 @@ class SpaceAccumulator:
         for language, subspace in subspaces.items():
             self._bases[boundary, language] = subspace.basis.float()
             self._variances[boundary, language] = subspace.variances.float()
+        self._covariances |= {
+            (boundary, language): covariance
+            for language, covariance in _covariances(matrices, subspaces, self._pivot).items()
+        }
 
         if self._router_weight is not None and self._router_bias is not None:
             router = fit_router(list(matrices.values()))
@@ -246,6 +252,22 @@ class SpaceAccumulator:
                     subspace_distance(second, pivot_first, ridge),
                 )
                 self._split_distances[boundary, position] = sum(crossed) / 2
+
+
+def _covariances(
+    matrices: Mapping[str, Tensor], subspaces: Mapping[str, Subspace], pivot: str
+) -> dict[str, Tensor]:
+    """language → (k_pivot, k) float32, of the coordinates of translations; of languages that are aligned."""
+    coordinates = {
+        language: (x.double() - subspaces[language].mean) @ subspaces[language].basis
+        for language, x in matrices.items()
+    }
+    of_pivot = coordinates.pop(pivot)
+    return {
+        language: (of_pivot.T @ own / (len(own) - 1)).float()
+        for language, own in coordinates.items()
+        if len(own) == len(of_pivot)
+    }
 
 
 def split_halves(n: int) -> tuple[Tensor, Tensor]:

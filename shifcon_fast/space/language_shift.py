@@ -1,4 +1,7 @@
-"""The language vectors at the two boundaries of a layer area: all of a language space that a shift needs."""
+"""The language vectors at the two boundaries of a layer area: all of a language space that a shift needs.
+
+A shift moves hidden states by one of the ways of ``space.intervention``; the mean shift is ShifCon's.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,13 @@ import torch
 from torch import Tensor
 
 from shifcon_fast.data.languages import position_of
+from shifcon_fast.space.intervention import (
+    MAPS,
+    InterventionName,
+    MapTables,
+    ProjectionTables,
+    check_intervention,
+)
 from shifcon_fast.space.language_router import LanguageRouter
 
 Recipe = Literal["stable", "official"]
@@ -37,10 +47,21 @@ class LanguageShift:
             (with its ``special_ids``), ``sentences`` (language → count) and ``max_length`` are used again; the rest
             is for readers.
         router: tells which language a text is in, from its representation at f; None where none was estimated.
+        intervention: the way to move hidden states, see ``space.intervention``.
+        targets: the languages whose mean vector is moved to: the pivot, or several, whose barycentre then takes its
+            place and to which the pivot's own rows move too. Empty is the pivot.
+        directions: (K, d) float32 unit vectors of the intervention "random"; None for others.
+        bases: (2, K, d, k) float32, the subspaces' orthonormal columns at f and b, for "subspace", "affine" and
+            "procrustes"; None for others.
+        links: (2, K, k, k) float32, M of "affine" and "procrustes" at f (from each language's coordinates to the
+            pivot's) and b (back); None for others.
+        spread: (2, K) float32, how far sentences are moved beside their language's mean, root mean square, where a
+            map moves each in another way; None is 0.
 
     Raises:
-        ValueError, TypeError: languages twice, a pivot that is none of them, boundaries out of order or range, an
-            alpha that is not finite, tensors of other shapes.
+        ValueError, TypeError: languages twice, a pivot or targets that are none of them, boundaries out of order or
+            range, an alpha that is not finite, an unknown intervention or one without its tensors, tensors of other
+            shapes.
     """
 
     languages: tuple[str, ...]
@@ -54,6 +75,12 @@ class LanguageShift:
     recipe: Recipe = "stable"
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     router: LanguageRouter | None = field(default=None, repr=False)
+    intervention: InterventionName = "mean"
+    targets: tuple[str, ...] = ()
+    directions: Tensor | None = field(default=None, repr=False)
+    bases: Tensor | None = field(default=None, repr=False)
+    links: Tensor | None = field(default=None, repr=False)
+    spread: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(set(self.languages)) != len(self.languages):
@@ -76,6 +103,46 @@ class LanguageShift:
             raise ValueError(
                 f"median_norm: got shape {tuple(self.median_norm.shape)}; wanted (2, {count} languages)"
             )
+        self._check_intervention()
+
+    def _check_intervention(self) -> None:
+        check_intervention(self.intervention)
+        if unknown := [code for code in self.targets if code not in self.languages]:
+            raise ValueError(f"targets: got {unknown}; wanted some of {list(self.languages)}")
+        if self.targets and self.intervention not in ("mean", "random"):
+            raise ValueError(
+                f"targets: got {list(self.targets)}; intervention {self.intervention!r} moves to no barycentre: "
+                "wanted 'mean' or 'random', or no targets"
+            )
+        if self.is_map and self.recipe == "official":
+            raise ValueError(
+                f"intervention: got {self.intervention!r} with recipe 'official', whose unit vectors have no "
+                "subspaces; wanted recipe 'stable'"
+            )
+        count, d = self.vectors.shape[1:]
+        k = -1 if self.bases is None else self.bases.shape[-1]
+        wanted = {
+            "directions": (count, d) if self.intervention == "random" else None,
+            "bases": (2, count, d, k) if self.is_map else None,
+            "links": (2, count, k, k) if self.intervention in ("affine", "procrustes") else None,
+        }
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if (None if tensor is None else tuple(tensor.shape)) != shape:
+                found = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{name}: got {found}; wanted {shape or 'none'} for intervention {self.intervention!r}"
+                )
+
+    @property
+    def is_map(self) -> bool:
+        """Whether each hidden state is moved in a way of its own, not all of a language by one vector."""
+        return self.intervention in MAPS
+
+    @property
+    def moves_pivot(self) -> bool:
+        """Whether the pivot's rows move too: all languages meet elsewhere than at the pivot."""
+        return self.intervention == "centre" or self.targets not in ((), (self.pivot,))
 
     @property
     def hidden_size(self) -> int:
@@ -103,18 +170,54 @@ class LanguageShift:
             return self.languages.index(language)
         return position_of(language, self.languages)
 
+    def _toward(self) -> Tensor:
+        """(2, K, d), from each language's mean to where it is moved at f and, turned round, at b; without alpha."""
+        if self.intervention == "centre":
+            return -self.vectors
+        rows = [self.languages.index(code) for code in self.targets] or [self.pivot_id]
+        toward = self.vectors[:, rows].mean(1, keepdim=True) - self.vectors
+        if self.directions is None:
+            return toward
+        return torch.linalg.vector_norm(toward, dim=-1, keepdim=True) * self.directions
+
     def tables(self) -> dict[int, Tensor]:
-        """block → (K, d) float32, what is added at its input: ±α (v(pivot) − v(l)), exactly 0 for the pivot."""
-        toward = self.vectors[:, self.pivot_id, None] - self.vectors
+        """block → (K, d) float32, what is added at its input: ±α (v(pivot) − v(l)), exactly 0 for the pivot.
+
+        For other interventions than the mean shift, what they add instead; of maps, see :meth:`maps`, the constant.
+        """
+        toward = self._toward()
         first, second = self.blocks
         return {first: self.alpha * toward[0], second: -self.alpha * toward[1]}
 
+    def maps(self) -> dict[int, ProjectionTables | MapTables]:
+        """block → how its input is moved, for interventions that are maps; empty for others."""
+        if self.bases is None:
+            return {}
+        return dict(zip(self.blocks, (self._map(True), self._map(False)), strict=True))
+
+    def _map(self, toward: bool) -> ProjectionTables | MapTables:
+        assert self.bases is not None
+        at = 0 if toward else 1
+        mean, basis, pivot = self.vectors[at], self.bases[at], self.pivot_id
+        if self.links is None:
+            return ProjectionTables(mean, basis, pivot, toward, self.alpha)
+        own, other = (basis, basis[pivot].expand_as(basis))
+        start, end = (own, other) if toward else (other, own)
+        source = mean if toward else mean[pivot].expand_as(mean)
+        left = self.alpha * (end @ self.links[at] - start)
+        return MapTables(self.tables()[self.blocks[at]], source.contiguous(), left, start.contiguous())
+
     def dose(self, language: str) -> tuple[float, float]:
-        """‖α (v(pivot) − v(language))‖ / median ‖h‖ of the language at f and at b."""
+        """How far the language's sentences are moved at f and at b, against median ‖h‖.
+
+        ‖α (v(pivot) − v(language))‖ / median ‖h‖ for the mean shift. A map moves each sentence in its own way: then
+        the root mean square over sentences.
+        """
         position = self.language_id(language)
-        toward = self.vectors[:, self.pivot_id] - self.vectors[:, position]
-        lengths = torch.linalg.vector_norm(toward.double(), dim=-1) / self.median_norm[:, position].double()
-        at_f, at_b = (abs(self.alpha) * lengths).tolist()
+        squares = self._toward()[:, position].double().square().sum(-1)
+        if self.spread is not None:
+            squares = squares + self.spread[:, position].double().square()
+        at_f, at_b = (abs(self.alpha) * squares.sqrt() / self.median_norm[:, position].double()).tolist()
         return at_f, at_b
 
 

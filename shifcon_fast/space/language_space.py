@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ from torch import Tensor
 
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.space import space_folder, sweep_result
+from shifcon_fast.space.intervention import (
+    MAPS,
+    FittedSubspaces,
+    InterventionName,
+    check_intervention,
+    fit_maps,
+    random_directions,
+)
 from shifcon_fast.space.language_router import LanguageRouter
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, check_area
 from shifcon_fast.space.subspace import Subspace, subspace_distance
@@ -39,6 +47,8 @@ class LanguageSpace:
             averaged over sentences: ‖Σ h left out‖ / (‖Σ h left out‖ + ‖Σ h content‖).
         bases: (boundary, language) → (d, k) float32 orthonormal columns. Empty where subspaces were not asked for.
         variances: (boundary, language) → (k,) float32, s²/(n−1) along each column.
+        covariances: (boundary, language) → (k_pivot, k) float32, Σ V_pᵀ(p − v(p)) (V_lᵀ(x − v(l)))ᵀ/(n−1) over
+            translations (p, x): how the pivot's coordinates vary with the language's. Without the pivot.
         ridge: (L,) float64, ε of the subspace distance at each boundary.
         floors: (L, K) float32, distance between two halves of the same language.
         split_distances: (L, K) float32, distance of a language to the pivot between such halves.
@@ -57,6 +67,7 @@ class LanguageSpace:
     sink_share: Tensor
     bases: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
     variances: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
+    covariances: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
     ridge: Tensor | None = None
     floors: Tensor | None = None
     split_distances: Tensor | None = None
@@ -105,6 +116,12 @@ class LanguageSpace:
             rank = self.variances[key].numel()
             if tuple(basis.shape) != (d, rank):
                 raise ValueError(f"bases[{key}]: got shape {tuple(basis.shape)}; wanted {(d, rank)}")
+        for key, covariance in self.covariances.items():
+            if not {key, (key[0], self.pivot)} <= self.bases.keys():
+                raise ValueError(f"covariances: got {key}; wanted one with a basis, and one of the pivot's")
+            ranks = tuple(self.bases[key[0], code].shape[1] for code in (self.pivot, key[1]))
+            if tuple(covariance.shape) != ranks:
+                raise ValueError(f"covariances[{key}]: got shape {tuple(covariance.shape)}; wanted {ranks}")
 
     @property
     def num_boundaries(self) -> int:
@@ -137,27 +154,46 @@ class LanguageSpace:
         return position_of(language, self.languages)
 
     def shift(
-        self, forward: int, backward: int, alpha: float = 1.0, recipe: Recipe = "stable"
+        self,
+        forward: int,
+        backward: int,
+        alpha: float = 1.0,
+        recipe: Recipe = "stable",
+        *,
+        intervention: InterventionName = "mean",
+        targets: Sequence[str] = (),
+        seed: int = 0,
     ) -> LanguageShift:
         """What an area's shift needs of this space: the language vectors at ``forward`` and ``backward``.
 
         Args:
             forward, backward: boundaries f < b, each in 0 … L−1 (1 … L−1 for ``recipe="official"``).
             alpha, recipe: see :class:`LanguageShift`.
+            intervention: the way to move hidden states, see :mod:`shifcon_fast.space.intervention`.
+            targets: languages whose barycentre is moved to instead of the pivot; empty for the pivot.
+            seed: of the directions of "random".
 
         Raises:
-            ValueError: boundaries out of order or range, or not estimated; an alpha that is not finite.
+            ValueError: boundaries out of order or range, or not estimated; an alpha that is not finite; an
+                intervention that this space cannot give: it holds no subspaces, or of rank 0.
         """
         check_area(forward, backward, self.num_boundaries, recipe)
-        for boundary in (forward, backward):
+        check_intervention(intervention)
+        area = (forward, backward)
+        for boundary in area:
             self._estimated(boundary)
+        parts: dict[str, Any] = {}
+        if intervention == "random":
+            parts["directions"] = random_directions(len(self.languages), self.hidden_size, seed)
+        elif intervention in MAPS:
+            parts = fit_maps([self._fitted(boundary) for boundary in area], self.pivot, intervention)
         return LanguageShift(
             self.languages,
             self.pivot,
             forward,
             backward,
-            self.mean[[forward, backward]],
-            self.median_norm[[forward, backward]],
+            self.mean[list(area)],
+            self.median_norm[list(area)],
             self.num_boundaries,
             alpha,
             recipe,
@@ -167,7 +203,15 @@ class LanguageSpace:
                 "vectors_sha256": self.vectors_sha256,
             },
             router=self._router(forward) if recipe == "stable" else None,
+            intervention=intervention,
+            targets=tuple(self.languages[self.language_id(code)] for code in targets),
+            **parts,
         )
+
+    def _fitted(self, boundary: int) -> FittedSubspaces:
+        subspaces = {code: self.subspace(boundary, code) for code in self.languages}
+        covariances = {code: each for (at, code), each in self.covariances.items() if at == boundary}
+        return FittedSubspaces(subspaces, covariances, float(self._measured("ridge", boundary)))
 
     def _router(self, boundary: int) -> LanguageRouter | None:
         if self.router_weight is None or self.router_bias is None:
@@ -259,9 +303,8 @@ class LanguageSpace:
         for name in space_folder.OPTIONAL_TENSORS:
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
-        for (boundary, language), basis in self.bases.items():
-            tensors[f"basis.{boundary}.{language}"] = basis
-            tensors[f"variances.{boundary}.{language}"] = self.variances[boundary, language]
+        for kind, held in self._by_boundary().items():
+            tensors |= {f"{kind}.{boundary}.{language}": each for (boundary, language), each in held.items()}
         description = {
             "languages": list(self.languages),
             "pivot": self.pivot,
@@ -275,6 +318,10 @@ class LanguageSpace:
             "dose": self._by_language(self.dose),
         }
         space_folder.write(Path(folder), tensors, description, self.card)
+
+    def _by_boundary(self) -> dict[str, dict[tuple[int, str], Tensor]]:
+        """Name in the file → what is held for some boundaries and languages."""
+        return {"basis": self.bases, "variances": self.variances, "covariances": self.covariances}
 
     @classmethod
     def load(cls, folder: str | Path) -> LanguageSpace:
@@ -298,13 +345,13 @@ class LanguageSpace:
 
     @classmethod
     def _from_parts(cls, tensors: Mapping[str, Tensor], card: space_folder.SpaceCard) -> LanguageSpace:
-        bases: dict[tuple[int, str], Tensor] = {}
-        variances: dict[tuple[int, str], Tensor] = {}
+        held: dict[str, dict[tuple[int, str], Tensor]] = {"basis": {}, "variances": {}, "covariances": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind in ("basis", "variances"):
+            if kind in held and rest:
                 boundary, _, language = rest.partition(".")
-                (bases if kind == "basis" else variances)[int(boundary), language] = tensor
+                held[kind][int(boundary), language] = tensor
+        bases = held["basis"]
         required = (*space_folder.REQUIRED_TENSORS, *(("ridge",) if bases else ()))
         if missing := [name for name in required if name not in tensors]:
             raise ValueError(f"{space_folder.TENSORS} lacks {', '.join(map(repr, missing))}")
@@ -317,7 +364,8 @@ class LanguageSpace:
             median_norm=tensors["median_norm"],
             sink_share=tensors["sink_share"],
             bases=bases,
-            variances=variances,
+            variances=held["variances"],
+            covariances=held["covariances"],
             **{name: tensors.get(name) for name in space_folder.OPTIONAL_TENSORS},  # type: ignore[arg-type]
             card=dict(card["card"]),
         )

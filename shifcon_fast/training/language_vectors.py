@@ -85,4 +85,10 @@ def estimate_again(
         progress=progress,
     )
     estimated = space.shift(shift.forward, shift.backward, shift.alpha, shift.recipe)
-    return replace(estimated, router=shift.router)  # which needs the sentences themselves, as subspaces do
+    # Router, directions and subspaces stay: they need the sentences themselves.
+    return replace(
+        shift,
+        vectors=estimated.vectors,
+        median_norm=estimated.median_norm,
+        provenance=estimated.provenance,
+    )

@@ -1,0 +1,258 @@
+"""Interventions on an attached model, against hooks that do in float64 what their formulas say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shifcon_fast as sf
+from shifcon_fast import ops
+from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.estimate_space import estimate_space
+from shifcon_fast.space.intervention import INTERVENTIONS, MAPS
+from shifcon_fast.space.language_shift import LanguageShift
+from shifcon_fast.space.language_space import LanguageSpace
+
+F, B, RANK = 1, 3, 4
+LANGUAGES = ("en", "sw", "de")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Callable[..., Any]) -> Any:
+    return tiny_model("llama", layers=4)
+
+
+@pytest.fixture(scope="module")
+def space(plain: Any, word_tokenizer: Any, parallel_text: dict[str, list[str]]) -> LanguageSpace:
+    text = {language: parallel_text[language] for language in LANGUAGES}
+    return estimate_space(plain, word_tokenizer, text, rank=RANK, progress=False)
+
+
+def moved(shift: LanguageShift, at: int, language: int, x: Tensor) -> Tensor:
+    """x (T, d) float64 as the formulas of ``space.intervention`` move it, at f (0) or b (1)."""
+    vectors, pivot = shift.vectors.double()[at], shift.pivot_id
+    start, end = (vectors[language], vectors[pivot]) if at == 0 else (vectors[pivot], vectors[language])
+    sign, kind = (1, -1)[at], shift.intervention
+    if language == pivot and not shift.moves_pivot:
+        return x
+    if kind == "mean":
+        rows = [shift.languages.index(code) for code in shift.targets or (shift.pivot,)]
+        there = x + sign * (vectors[rows].mean(0) - vectors[language])
+    elif kind == "centre":
+        there = x - sign * vectors[language]
+    elif kind == "random":
+        assert shift.directions is not None
+        length = (vectors[pivot] - vectors[language]).norm()
+        there = x + sign * length * shift.directions[language].double()
+    else:
+        assert shift.bases is not None
+        v = shift.bases.double()[at]
+        own, other = (v[language], v[pivot]) if at == 0 else (v[pivot], v[language])
+        if kind == "subspace":
+            there = end + (x - start) @ other @ other.T
+        else:
+            assert shift.links is not None
+            coordinates = (x - start) @ own
+            left = (x - start) - coordinates @ own.T
+            there = end + left + coordinates @ shift.links.double()[at, language].T @ other.T
+    return x + shift.alpha * (there - x)
+
+
+def hooked(model: nn.Module, shift: LanguageShift, ids: Tensor) -> nn.Module:
+    """A float64 copy whose blocks' inputs are moved by hooks; ids are (B,) or (B, T)."""
+    plain = copy.deepcopy(model).double()
+
+    def hook(at: int) -> Callable[..., tuple[Tensor, ...]]:
+        def move(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = args
+            per_token = ids if ids.dim() == 2 else ids[:, None].expand(hidden.shape[:2])
+            rows = []
+            for row, languages in zip(hidden, per_token, strict=True):
+                found = [
+                    token if language < 0 else moved(shift, at, int(language), token[None])[0]
+                    for token, language in zip(row, languages, strict=True)
+                ]
+                rows.append(torch.stack(found))
+            return torch.stack(rows), *rest
+
+        return move
+
+    for at, block in enumerate(shift.blocks):
+        plain.model.layers[block].register_forward_pre_hook(hook(at))
+    return plain
+
+
+def options(intervention: str) -> dict[str, Any]:
+    if intervention == "barycentre":
+        return {"targets": ["en", "de"]}
+    return {"intervention": intervention}
+
+
+EVERY = (*INTERVENTIONS, "barycentre")
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("intervention", EVERY)
+def test_hidden_states_are_moved_by_the_formula(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str, alpha: float
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1])  # sw, de, en (the pivot), none
+    shift = space.shift(F, B, alpha, **options(intervention))
+    with torch.no_grad():
+        expected = hooked(plain, shift, ids)(**batch).logits
+        model = copy.deepcopy(plain)
+        with sf.attach(model, shift) as handle:
+            got = model(**batch, language_ids=ids).logits
+            assert handle.engagements[F]["shift"] == handle.engagements[B]["shift"] == 1
+            alone = model(**batch, language_ids=torch.tensor([-1, -1, 0, -1])).logits
+            with handle.suspended():
+                unmoved = model(**batch).logits
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[seen].double(), expected[seen], rtol=1e-3, atol=2e-4)
+    changed = [not torch.equal(a, b) for a, b in zip(got, unmoved, strict=True)]
+    assert changed[:2] == [True, True]
+    moves_pivot = intervention in ("centre", "barycentre")
+    assert shift.moves_pivot == moves_pivot
+    assert torch.equal(alone[:2], unmoved[:2])
+    assert torch.equal(alone[2], unmoved[2]) == (not moves_pivot)
+
+
+@pytest.mark.parametrize("intervention", EVERY)
+def test_rows_of_several_languages_are_moved_token_by_token(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1, 2]).repeat(4, 2)[:, : batch["input_ids"].shape[1]]
+    shift = space.shift(F, B, **options(intervention))
+    with torch.no_grad():
+        expected = hooked(plain, shift, ids)(**batch).logits
+        with sf.attach(copy.deepcopy(plain), shift) as handle:
+            got = handle.model(**batch, language_ids=ids).logits
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[seen].double(), expected[seen], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("intervention", EVERY)
+def test_gradients_go_through(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1])
+    shift = space.shift(F, B, **options(intervention))
+    oracle = hooked(plain, shift, ids)
+    oracle(**batch, labels=batch["input_ids"]).loss.backward()
+    with sf.attach(copy.deepcopy(plain), shift) as handle:
+        handle.model(**batch, labels=batch["input_ids"], language_ids=ids).loss.backward()
+        got = handle.model.get_input_embeddings().weight.grad
+    expected = oracle.get_input_embeddings().weight.grad
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("intervention", EVERY)
+def test_representations_are_means_of_moved_tokens(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1])
+    shift = space.shift(F, B, **options(intervention))
+    oracle, seen = hooked(plain, shift, ids), {}
+    for at, block in enumerate(shift.blocks):  # after the hook that moves
+        oracle.model.layers[block].register_forward_pre_hook(
+            lambda module, args, at=at: seen.__setitem__(at, args[0].detach())
+        )
+    mask = batch["attention_mask"]
+    with torch.no_grad(), sf.attach(copy.deepcopy(plain), shift) as handle:
+        oracle(**batch)
+        got = boundary_representations(
+            handle.model, batch["input_ids"], mask, mask, (F, B), ids, keep_massive=True
+        )
+    expected = torch.stack([(seen[at] * mask[..., None]).sum(1) / mask.sum(1)[:, None] for at in (0, 1)])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_subspaces_go_through_the_operator(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor]
+) -> None:
+    with torch.no_grad(), sf.attach(copy.deepcopy(plain), space, F, B, intervention="subspace") as handle:
+        ops.reset_call_counts()
+        handle.model(**batch, language_ids=torch.tensor([1, 2, 0, -1]))
+    counts = {operator: n for (operator, _), n in ops.call_counts().items()}
+    assert counts["subspace_project"] == 2
+
+
+@pytest.mark.parametrize("intervention", sorted(MAPS))
+def test_a_map_survives_copies_dtypes_and_a_new_alpha(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1])
+    shift = space.shift(F, B, intervention=intervention)  # type: ignore[arg-type]
+    model = copy.deepcopy(plain)
+    handle = sf.attach(model, shift)
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        half = twin(**batch, language_ids=ids).logits
+        full = model(**batch, language_ids=ids).logits
+        assert half.dtype == torch.bfloat16
+        seen = batch["attention_mask"].bool()
+        assert (half.float() - full)[seen].abs().mean() < 0.1 * full[seen].abs().mean()
+        handle.set_shift(replace(shift, alpha=0.25))
+        expected = hooked(plain, replace(shift, alpha=0.25), ids)(**batch).logits
+        got = model(**batch, language_ids=ids).logits
+    torch.testing.assert_close(got[seen].double(), expected[seen], rtol=1e-3, atol=2e-4)
+    assert {buffer.dtype for _, buffer in twin.model.layers[F].named_buffers(recurse=False)} == {
+        torch.float32
+    }
+    handle.detach()
+    assert not list(model.model.layers[F].named_buffers(recurse=False))
+
+
+def test_what_cannot_be_given_is_refused(
+    plain: Any, space: LanguageSpace, word_tokenizer: Any, parallel_text: dict[str, list[str]]
+) -> None:
+    with pytest.raises(ValueError, match="intervention: got 'rotate'; wanted one of mean, random, centre"):
+        space.shift(F, B, intervention="rotate")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="targets: got"):
+        space.shift(F, B, intervention="subspace", targets=["sw"])
+    with pytest.raises(ValueError, match="recipe 'official'"):
+        space.shift(F, B, recipe="official", intervention="affine")
+    bare = replace(space, bases={}, variances={}, covariances={})
+    with pytest.raises(ValueError, match="no subspaces at boundary 1"):
+        space_of = bare.shift(F, B, intervention="procrustes")
+        assert space_of is None
+    older = replace(space, covariances={})
+    with pytest.raises(ValueError, match="Estimate it again"):
+        older.shift(F, B, intervention="affine")
+    assert older.shift(F, B, intervention="subspace").is_map
+    flat = {"en": ["Ada lives in Rome"] * 4, "sw": ["Ada anaishi Roma"] * 4}
+    with pytest.raises(ValueError, match="has rank 0"):
+        estimate_space(plain, word_tokenizer, flat, progress=False).shift(F, B, intervention="subspace")
+
+
+def test_a_map_is_the_only_shift_of_a_model(plain: Any, space: LanguageSpace) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, target_modules="all-linear"), "first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
+    handle = sf.attach(model, space, F, B, adapter="first")
+    with pytest.raises(ValueError, match="must be the only shift"):
+        handle.add_shift(space.shift(F, B, intervention="subspace"), "second")
+    assert list(handle.shifts) == ["first"]
+
+
+@pytest.mark.parametrize("intervention", EVERY)
+def test_the_dose_is_how_far_sentences_move(space: LanguageSpace, intervention: str) -> None:
+    shift = space.shift(F, B, 0.5, **options(intervention))
+    position = shift.language_id("sw")
+    subspace, ridge = space.subspace(F, "sw"), float(space.ridge[F])  # type: ignore[index]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40_000, space.hidden_size, generator=generator, dtype=torch.float64) * ridge**0.5
+    basis = subspace.basis.double()
+    noise -= noise @ basis @ basis.T
+    along = torch.randn(len(noise), subspace.rank, generator=generator, dtype=torch.float64)
+    sentences = subspace.mean.double() + noise + (along * subspace.variances.double().sqrt()) @ basis.T
+    displacement = moved(shift, 0, position, sentences) - sentences
+    expected = displacement.square().sum(1).mean().sqrt() / space.median_norm[F, position].double()
+    assert shift.dose("sw")[0] == pytest.approx(expected.item(), rel=0.02)
