@@ -131,6 +131,7 @@ def sweep(
     alpha: Annotated[
         str, typer.Option("--alpha", help="Length of the shift, or several, such as 0.5,1.")
     ] = "1",
+    intervention: options.Intervention = "mean",
     sentences: Annotated[int, typer.Option(min=2, help="Sentences of each language.")] = 32,
     max_questions: Annotated[int, typer.Option(min=1, help="Questions of each language.")] = 60,
     max_perplexity_rise: Annotated[
@@ -168,6 +169,7 @@ def sweep(
             grid=grid,
             min_width=min_width,
             alpha=options.split_numbers("--alpha", alpha),
+            intervention=intervention,
             sentences=sentences,
             max_questions=max_questions,
             max_perplexity_rise=max_perplexity_rise,

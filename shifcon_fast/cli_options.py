@@ -23,6 +23,14 @@ Parallel = Annotated[
 Quantization = Annotated[
     str, typer.Option("--quantization", help="nf4: 4-bit base weights (bitsandbytes). none: as saved.")
 ]
+Intervention = Annotated[
+    str,
+    typer.Option(
+        "--intervention",
+        help="How hidden states are moved: mean (ShifCon's shift), random (its control), subspace, affine, "
+        "procrustes.",
+    ),
+]
 QuantizationOfModel = Annotated[
     str | None,
     typer.Option(

@@ -205,6 +205,7 @@ class ShifConLM(HFLM):  # type: ignore[misc, unused-ignore]
             shift = self._handle.shift
             info["shifcon_area"] = [shift.forward, shift.backward]
             info["shifcon_alpha"], info["shifcon_recipe"] = shift.alpha, shift.recipe
+            info["shifcon_intervention"] = shift.intervention
         if self._card is not None:
             info["shifcon_files"] = dict(self._card["files"])
         return info

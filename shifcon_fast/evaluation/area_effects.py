@@ -12,7 +12,8 @@ from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
 from shifcon_fast.evaluation.retrieval import retrieval_scores, sentence_representations
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.space.intervention import InterventionName
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import Scores
 
@@ -36,10 +37,12 @@ class EffectMeter:
         text: Mapping[str, Sequence[str]],
         asked: Sequence[Question],
         *,
+        intervention: InterventionName = "mean",
         batch_size: int,
         max_new_tokens: int,
     ) -> None:
         self.model = model
+        self._intervention = intervention
         self.space = space
         self.step: Callable[[int], object] = lambda passes: None
         self._tokenizer = tokenizer
@@ -59,12 +62,13 @@ class EffectMeter:
         """language → numbers of its questions."""
         return {language: [each.row for each in found] for language, found in self._by_language().items()}
 
-    def dose(self, forward: int, backward: int, alpha: float) -> dict[str, list[float]]:
-        """language → length of the shift at both ends against the median hidden state."""
-        return {
-            language: [self.space.dose(boundary, language, alpha) for boundary in (forward, backward)]
-            for language in self._text
-        }
+    def attached(self, forward: int, backward: int, alpha: float) -> ShiftHandle:
+        """The model, attached for an area; leaving the handle's context detaches it."""
+        return attach(self.model, self.space, forward, backward, alpha, intervention=self._intervention)
+
+    def dose(self, handle: ShiftHandle) -> dict[str, list[float]]:
+        """language → how far hidden states are moved at both ends against the median one."""
+        return {language: list(handle.shift.dose(language)) for language in self._text}
 
     def perplexity(self, handle: ShiftHandle | None) -> dict[str, Perplexity]:
         """language → scored sentences."""

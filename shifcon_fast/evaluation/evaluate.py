@@ -180,6 +180,7 @@ def evaluate(
             "backward": handle.backward,
             "alpha": handle.alpha,
             "recipe": handle.recipe,
+            "intervention": handle.shift.intervention,
         },
         retrieval=retrieval,
         perplexity=perplexity,

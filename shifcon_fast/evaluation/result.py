@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from shifcon_fast.evaluation.bootstrap import Interval, wilson_interval
 from shifcon_fast.evaluation.choice_scores import choice_accuracy
@@ -31,6 +31,7 @@ class AttachedArea(TypedDict):
     backward: int
     alpha: float
     recipe: str
+    intervention: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class EvaluationResult(JsonRecord):
     """Everything that :func:`shifcon_fast.evaluation.evaluate.evaluate` measured.
 
     Attributes:
-        area: forward, backward, alpha and recipe of the attachment; None for a model that is not attached.
+        area: forward, backward, alpha, recipe and intervention of the attachment; None for a model that is not
+            attached.
         retrieval, perplexity: by mode; ``shifted`` is there only for an attached model. Empty without
         parallel text. outcomes: one for every question to be answered freely; shifted where the model is attached.
         Empty without such questions. multiple_choice: by mode, one for every question with choices.

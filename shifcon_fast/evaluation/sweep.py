@@ -30,6 +30,7 @@ from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
+from shifcon_fast.space.intervention import InterventionName, check_intervention
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import (
     FILE_NAME,
@@ -52,6 +53,7 @@ def sweep_area(
     *,
     areas: Sequence[tuple[int, int]] | None = None,
     alpha: float | Sequence[float] = 1.0,
+    intervention: InterventionName = "mean",
     grid: int | None = None,
     min_width: int | None = None,
     languages: Sequence[str] | None = None,
@@ -82,6 +84,8 @@ def sweep_area(
             log-likelihood; others are answered by generation, which is slow.
         areas: pairs (forward, backward), 1 ≤ forward < backward ≤ L−1; None takes :func:`candidate_areas`.
         alpha: length of the shift, or several.
+        intervention: another way to move hidden states than the mean shift (``space.intervention``); one that
+            leaves the pivot's rows alone.
         grid, min_width: for :func:`candidate_areas`.
         languages: which to measure, the pivot always among them; None takes the space's.
         sentences: how many of each language, spaced evenly through the data; fewer where there are fewer.
@@ -111,10 +115,16 @@ def sweep_area(
     ):
         if value < 1:
             raise ValueError(f"{name}: got {value}; wanted at least 1")
+    check_intervention(intervention)
+    if intervention == "centre":
+        raise ValueError(
+            "intervention: got 'centre', which moves the pivot too; a sweep measures the other languages against "
+            "the pivot as it is: attach the model with it, and evaluate"
+        )
     text = _sentences(parallel, space, languages, sentences, allow_missing)
     asked = _questions(questions, list(text), max_questions, allow_missing)
     check_installed(asked)
-    identity = _identity(model, space, text, asked, max_new_tokens)
+    identity = {**_identity(model, space, text, asked, max_new_tokens), "intervention": intervention}
     others = [language for language in text if language != space.pivot]
 
     sweep = None if output is None or overwrite else _earlier(Path(output), identity)
@@ -132,7 +142,14 @@ def sweep_area(
     sweep.max_perplexity_rise = max_perplexity_rise
     sweep.planned = sorted({*sweep.planned, *plan})
     meter = EffectMeter(
-        model, tokenizer, space, text, asked, batch_size=batch_size, max_new_tokens=max_new_tokens
+        model,
+        tokenizer,
+        space,
+        text,
+        asked,
+        intervention=intervention,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
     with evaluation_mode(model), torch.no_grad(), _without_dose_warnings():
         _measure(sweep, meter, output, progress)
@@ -222,13 +239,13 @@ def _measure(sweep: AreaSweep, meter: EffectMeter, output: str | Path | None, pr
         ):
             bar.set_description(f"[{forward}, {backward}) area {done + 1}/{len(waiting)}")
             if sweep.retrieval_at(forward, alpha) is None:
-                with attach(meter.model, meter.space, forward, sweep.num_boundaries - 1, alpha) as handle:
+                with meter.attached(forward, sweep.num_boundaries - 1, alpha) as handle:
                     scores = meter.retrieval(forward, handle)
                 sweep.shifted_retrieval.append(ShiftedRetrieval(forward, alpha, scores))
-            with attach(meter.model, meter.space, forward, backward, alpha) as handle:
+            with meter.attached(forward, backward, alpha) as handle:
                 nll = {language: _nats(each) for language, each in meter.perplexity(handle).items()}
                 destroyed = [language for language, nats in nll.items() if None in nats]
-                dose, right = meter.dose(forward, backward, alpha), meter.answers(handle, destroyed)
+                dose, right = meter.dose(handle), meter.answers(handle, destroyed)
                 area = SweptArea(forward, backward, alpha, dose, nll, right)
             bisect.insort(sweep.areas, area, key=lambda each: each.candidate)
             sweep.seconds = before + time.monotonic() - start
@@ -340,7 +357,7 @@ def _earlier(folder: Path, identity: Mapping[str, Any]) -> AreaSweep | None:
     if not (folder / FILE_NAME).is_file():
         return None
     sweep = AreaSweep.load(folder)
-    there, here = dict(sweep.identity), dict(identity)
+    there, here = {"intervention": "mean", **sweep.identity}, dict(identity)  # which older files do not say
     differences = fingerprint_differences(there.pop("model", {}), here.pop("model"))
     differences += [
         f"{name} {there.get(name)} there, {value} here"

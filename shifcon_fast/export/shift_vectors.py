@@ -105,6 +105,17 @@ def _shifting_handle(model: Any) -> Any:
             "model: the run was trained without the shift (shift: false), so there is none to export; its adapter "
             "is an ordinary PEFT adapter, and --to merged --without-shift merges it"
         )
+    if handle.shift.is_map:
+        raise ValueError(
+            f"model: the run was trained with intervention {handle.shift.intervention!r}, a map between subspaces, "
+            "which moves every hidden state in another way; exports hold one vector for each language. Serve it "
+            "with shifcon_fast.load, or as --model shifcon in the evaluation harness"
+        )
+    if handle.shift.moves_pivot:
+        raise ValueError(
+            f"model: the run's intervention ({handle.shift.intervention}, targets {list(handle.shift.targets)}) "
+            "moves the pivot's rows too, and what is exported leaves them alone; serve it with shifcon_fast.load"
+        )
     return handle
 
 

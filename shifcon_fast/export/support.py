@@ -37,10 +37,10 @@ def supported_targets(
 
     Args:
         model_type: ``config.model_type`` of the decoder.
-        shift: the run's; None, or one of alpha 0, has nothing to export.
+        shift: the run's; None, or one of alpha 0, has nothing to export, and a map is no vector.
         adapter: its ``adapter_config.json``.
     """
-    if shift is None or not shift.alpha:
+    if shift is None or not shift.alpha or shift.is_map or shift.moves_pivot:
         return ()
     first = min(shift.blocks)
     found = []

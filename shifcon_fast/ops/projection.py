@@ -138,8 +138,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:3]
-    _, mean, basis, _, _ = ctx.saved_tensors
-    gradients = iter(_backward(grad, *ctx.saved_tensors, *needs, ctx.impl))
+    saved = ctx.saved_tensors  # once: under checkpointing a second look recomputes, and is refused
+    _, mean, basis, _, _ = saved
+    gradients = iter(_backward(grad, *saved, *needs, ctx.impl))
     grad_x = next(gradients) if needs[0] else None
     grad_mean = next(gradients).to(mean.dtype) if needs[1] else None
     grad_basis = next(gradients).to(basis.dtype) if needs[2] else None

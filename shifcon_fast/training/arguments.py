@@ -13,6 +13,7 @@ from transformers.integrations import is_tensorboard_available
 from shifcon_fast.extras import missing
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.recipe import RECIPES
+from shifcon_fast.space.intervention import check_intervention
 
 # Arguments whose default is the recipe's, and the recipe's name for them where it differs.
 _FROM_RECIPE = {
@@ -61,6 +62,9 @@ def _default_report_to() -> str:
     return "none"
 
 
+_OF_THE_SHIFT = ("alpha", "intervention", "targets")
+
+
 @dataclass
 class ShifConArguments(TrainingArguments):
     """Arguments of :class:`ShifConTrainer`.
@@ -88,6 +92,17 @@ class ShifConArguments(TrainingArguments):
         metadata={
             "help": "Length of the shift, in vector differences. Default: 1, or what the model is attached with."
         },
+    )
+    intervention: str | None = field(
+        default=None,
+        metadata={
+            "help": "The way to move hidden states: mean (ShifCon's shift), random, centre, subspace, affine or "
+            "procrustes. Default: mean, or what the model is attached with."
+        },
+    )
+    targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Languages whose barycentre is shifted to. Default: the pivot alone."},
     )
     pivot: str = field(default="en", metadata={"help": "The dominant language."})
     w_gen: float | None = field(default=None, metadata={"help": "Weight of the generation loss."})
@@ -240,6 +255,8 @@ class ShifConArguments(TrainingArguments):
             raise ValueError(f"temperature: got {self.temperature}; wanted a positive number")
         if self.alpha is not None and not math.isfinite(self.alpha):
             raise ValueError(f"alpha: got {self.alpha}; wanted a number")
+        if self.intervention is not None:
+            check_intervention(self.intervention)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}; wanted 0 <= ema_decay < 1")
         if (self.forward is None) != (self.backward is None):
@@ -255,12 +272,12 @@ class ShifConArguments(TrainingArguments):
     def method_settings(self) -> dict[str, Any]:
         """The method's own arguments with their values, JSON-able, for the run folder.
 
-        Without ``alpha``, which the folder's card has from the attachment.
+        Without those that the folder's card has from the attachment.
         """
         inherited = {each.name for each in fields(TrainingArguments)}
         own = [
             each.name
             for each in fields(ShifConArguments)  # and not what a subclass has of another library
-            if (each.name not in inherited or each.name in _FROM_RECIPE) and each.name != "alpha"
+            if (each.name not in inherited or each.name in _FROM_RECIPE) and each.name not in _OF_THE_SHIFT
         ]
         return {name: getattr(getattr(self, name), "value", getattr(self, name)) for name in own}

@@ -58,6 +58,9 @@ def attach_for_training(
         backward,
         _alpha(args),
         recipe=args.recipe,  # type: ignore[arg-type]
+        intervention=args.intervention,  # type: ignore[arg-type]
+        targets=args.targets or (),
+        seed=args.seed,
         adapter=adapter,
     )
 
@@ -75,8 +78,25 @@ def _use_attachment(
         raise ValueError(
             f"alpha: got {args.alpha}; the model is attached with {handle.alpha}; detach it or leave alpha out"
         )
+    shift = handle.shift
+    for name, wanted, here in (
+        ("intervention", args.intervention, shift.intervention),
+        ("targets", args.targets, list(shift.targets)),
+    ):
+        if wanted is not None and wanted != here:
+            raise ValueError(
+                f"{name}: got {wanted}; the model is attached with {here}; detach it or leave {name} out"
+            )
     if isinstance(space, LanguageSpace):
-        space = space.shift(handle.forward, handle.backward, handle.alpha, handle.recipe)
+        space = space.shift(
+            shift.forward,
+            shift.backward,
+            shift.alpha,
+            shift.recipe,
+            intervention=shift.intervention,
+            targets=shift.targets,
+            seed=args.seed,
+        )
     if space is not None:
         handle.set_shift(space)
 
@@ -119,9 +139,11 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
     area = None if handle is None else {"forward": handle.forward, "backward": handle.backward}
     here: dict[str, Any] = {"area": area}
     if handle is not None:
-        here |= {"languages": list(handle.shift.languages), "recipe": handle.recipe}
+        shift = handle.shift
+        here |= {"languages": list(shift.languages), "recipe": shift.recipe}
+        here |= {"intervention": shift.intervention, "targets": list(shift.targets)}
     for name, value in here.items():
-        if card[name] != value:
+        if card.get(name, value) != value:
             raise ValueError(
                 f"{checkpoint / CARD}: {name} is {card[name]}, here it is {value}; resume with the arguments "
                 "and the space of the run"

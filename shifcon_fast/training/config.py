@@ -140,6 +140,7 @@ def _parse(arguments: list[str]) -> tuple[RunConfig, ShifConArguments]:
 
     parser = Parser((RunConfig, ShifConArguments), allow_abbrev=False)
     run, training = parser.parse_args_into_dataclasses(arguments)
+    training.targets = None if training.targets is None else _split(training.targets)
     if not any(
         each.partition("=")[0] == "--output_dir" for each in arguments
     ):  # transformers would choose a folder by itself

@@ -11,10 +11,11 @@ import peft
 import torch
 import transformers
 from pydantic import ConfigDict, Field, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.modeling.vocabulary import embedding_rows
+from shifcon_fast.space.intervention import InterventionName
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import read_json, sha256_file, verify
 from shifcon_fast.training.adapter_files import adapter_to_save
@@ -57,6 +58,8 @@ class RunCard(TypedDict):
     area: Boundaries | None
     alpha: Annotated[float, Field(allow_inf_nan=False)]
     recipe: Literal["stable", "official"]
+    intervention: NotRequired[InterventionName]
+    targets: NotRequired[list[str]]
     shift: bool
     end_of_turn: list[Annotated[int, Field(ge=0)]]
     pivot: str | None
@@ -128,6 +131,8 @@ def make_card(
         "area": {"forward": shift.forward, "backward": shift.backward} if shift else None,
         "alpha": shift.alpha if shift else 1.0,
         "recipe": shift.recipe if shift else "stable",
+        "intervention": shift.intervention if shift else "mean",
+        "targets": list(shift.targets) if shift else [],
         "shift": shifted and shift is not None,
         "end_of_turn": list(end_of_turn),
         "pivot": shift.pivot if shift else None,

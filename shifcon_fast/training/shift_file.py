@@ -1,4 +1,7 @@
-"""``shift.safetensors`` of a run folder: the language vectors at f and b, with where they are from."""
+"""``shift.safetensors`` of a run folder: the language vectors at f and b, with where they are from.
+
+And what an intervention other than the mean shift needs besides.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ SHIFT = "shift.safetensors"
 _TABLES = ("forward", "backward")
 _MEDIANS = "median_norm"
 _ROUTER = ("router_weight", "router_bias")
+_OF_INTERVENTION = ("directions", "bases", "links", "spread")
 _PROVENANCE = "provenance"
 
 
@@ -47,6 +51,9 @@ def write_shift(folder: Path, shift: LanguageShift) -> None:
     metadata = {"format": "pt", _PROVENANCE: json.dumps(dict(shift.provenance), ensure_ascii=False)}
     if shift.router is not None:
         tensors |= {_ROUTER[0]: shift.router.weight.contiguous(), _ROUTER[1]: shift.router.bias.contiguous()}
+    for name in _OF_INTERVENTION:
+        if (tensor := getattr(shift, name)) is not None:
+            tensors[name] = tensor.contiguous()
     save_file({**tensors, _MEDIANS: shift.median_norm.contiguous()}, folder / SHIFT, metadata)
 
 
@@ -64,6 +71,9 @@ def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
     if missing := [name for name in (*_TABLES, _MEDIANS) if name not in tensors]:
         raise ValueError(f"{path}: lacks {', '.join(map(repr, missing))}")
     forward, backward = (tensors[name] for name in _TABLES)
+    of_intervention: dict[str, Any] = {
+        name: tensors[name].float() for name in _OF_INTERVENTION if name in tensors
+    }
     try:
         if forward.dim() != 2 or forward.shape != backward.shape:
             raise ValueError(
@@ -82,6 +92,9 @@ def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
             router=LanguageRouter(*(tensors[name].float() for name in _ROUTER))
             if _ROUTER[0] in tensors
             else None,
+            intervention=card.get("intervention", "mean"),
+            targets=tuple(card.get("targets", ())),
+            **of_intervention,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not fit the card beside it: {error}") from error

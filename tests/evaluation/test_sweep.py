@@ -25,6 +25,7 @@ from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.evaluation.sweep import candidate_areas, sweep_area
 from shifcon_fast.evaluation.sweep_table import sweep_table
 from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.area import recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import FILE_NAME, AreaSweep
@@ -331,3 +332,17 @@ def test_the_file_is_described_by_its_summary(found, tmp_path) -> None:
     summary = json.loads(Path(found.save(tmp_path)).read_text())["summary"]
     assert summary[0]["perplexity"]["sw"] == pytest.approx(found.perplexity("sw", found.areas[0]))
     assert sf.sweep_area is sweep_area
+
+
+def test_another_intervention_is_swept(tiny_model, word_tokenizer, parallel_text, tmp_path) -> None:
+    model, options = tiny_model(), {**OPTIONS, "areas": [(1, 3)], "output": tmp_path}
+    space = estimate_space(model, word_tokenizer, parallel_text, rank=4, progress=False)
+    mean = sweep_area(model, word_tokenizer, space, parallel_text, **{**options, "output": None})
+    swept = sweep_area(model, word_tokenizer, space, parallel_text, intervention="affine", **options)
+    area = swept.areas[0]
+    assert area.dose["sw"] == pytest.approx(space.shift(1, 3, intervention="affine").dose("sw"))
+    assert area.nll["sw"] != mean.areas[0].nll["sw"]
+    with pytest.raises(ValueError, match="intervention"):
+        sweep_area(model, word_tokenizer, space, parallel_text, **options)
+    with pytest.raises(ValueError, match="moves the pivot too"):
+        sweep_area(model, word_tokenizer, space, parallel_text, intervention="centre", **options)
