@@ -7,15 +7,16 @@ more than one block is ever held. Everything else is as ``load_quantized`` does 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.training.quantization import enable_gradient_checkpointing, keep_4bit_trainable
 
 
@@ -24,20 +25,24 @@ class Size:
     """A model's shape and a step's: tokens are rows × length, sentences come in pairs of two lengths.
 
     Attributes:
-        config: arguments of ``LlamaConfig``.
+        config: arguments of the configuration.
         area: (f, b).
         generation: rows and length of the instruction batch.
         pairs: number of translation pairs, tokens of a pivot sentence, tokens of its translation.
+        model_type: of the configuration.
     """
 
     config: dict[str, Any]
     area: tuple[int, int]
     generation: tuple[int, int]
     pairs: tuple[int, int, int]
+    model_type: str = "llama"
 
 
 _LLAMA_3 = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 _RECIPE: dict[str, Any] = {"generation": (14, 512), "pairs": (12, 100, 256)}
+# What two CPU cores do in seconds; the area is the middle third.
+_SMALL: dict[str, Any] = {"generation": (4, 128), "pairs": (8, 48, 96)}
 SIZES = {
     # The shape of Llama-3-8B, with the authors' area and batch.
     "llama-3-8b": Size(
@@ -66,6 +71,43 @@ SIZES = {
         area=(6, 8),
         **_RECIPE,
     ),
+    # The shape of SmolLM2-135M.
+    "smollm2": Size(
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        },
+        area=(10, 20),
+        **_SMALL,
+    ),
+    # The shape of Gemma-3-270M, whose vocabulary has 63 % of its parameters.
+    "gemma3": Size(
+        {
+            "vocab_size": 262144,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 512,
+            "query_pre_attn_scalar": 256,
+            "layer_types": [
+                "full_attention" if index % 6 == 5 else "sliding_attention" for index in range(18)
+            ],
+        },
+        area=(6, 12),
+        model_type="gemma3_text",
+        **_SMALL,
+    ),
     "tiny": Size(
         {
             "vocab_size": 128,
@@ -92,14 +134,16 @@ def build(size: Size, device: torch.device, *, rank: int = 16, seed: int = 0) ->
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers = size.config["num_hidden_layers"]
-    config = LlamaConfig(**{**size.config, "num_hidden_layers": 0})
+    config = AutoConfig.for_model(size.model_type, **size.config)
+    config.num_hidden_layers = 0
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     config = model.config  # the library may have taken a copy
     config.num_hidden_layers = layers
+    make_block = _block_class(size.model_type, model.model)
     for index in range(layers):
         with torch.device(device):
-            block = LlamaDecoderLayer(config, index).to(dtype)
+            block = make_block(config, index).to(dtype)
         _quantise(block, config.initializer_range, dtype, device)
         model.model.layers.append(block)
     model.is_loaded_in_4bit = True  # what tells PEFT to put its 4-bit LoRA layers there
@@ -120,6 +164,11 @@ def build(size: Size, device: torch.device, *, rank: int = 16, seed: int = 0) ->
             if "lora_B" in name:
                 parameter.mul_(0.02)
     return model.train()
+
+
+def _block_class(model_type: str, decoder: nn.Module) -> Any:
+    name = next(row.block for row in ARCHITECTURES.values() if row.model_type == model_type)
+    return getattr(sys.modules[type(decoder).__module__], name)
 
 
 def _quantise(block: nn.Module, deviation: float, dtype: torch.dtype, device: torch.device) -> None:
@@ -149,7 +198,8 @@ def _quantise(block: nn.Module, deviation: float, dtype: torch.dtype, device: to
 
 
 def on_every_norm(model: nn.Module, visit: Callable[[nn.Module], None]) -> None:
-    """Visit the RMSNorms inside of the blocks."""
-    for name, module in model.named_modules():
-        if name.endswith(("input_layernorm", "post_attention_layernorm")):
-            visit(module)
+    """Visit the blocks' RMSNorms that are fused in an attached model."""
+    decoder = locate_decoder(model)
+    for block in decoder.blocks:
+        for name in decoder.architecture.norm_sites(block):
+            visit(getattr(block, name))

@@ -59,6 +59,9 @@ class Architecture:
         forwards_kwargs: whether the decoder hands unknown keyword arguments on to its blocks, in every version of
             transformers that is supported. Where it does not, the swapped block fetches the language ids in
             ``__call__``, outside of gradient checkpointing.
+        packs: whether several sentences can share a row, each with its own positions. Not where a recurrent mixer
+            or a convolution runs from one into the next, nor where the decoder, in any version of transformers that
+            is supported, makes its mask or its biases of something else than the positions.
     """
 
     model_type: str
@@ -76,6 +79,7 @@ class Architecture:
     blocks: str = "layers"
     after_blocks: tuple[str, ...] | None = ("norm",)
     forwards_kwargs: bool = True
+    packs: bool = True
 
     @property
     def norm_names(self) -> tuple[str, ...]:
@@ -103,6 +107,7 @@ _ROWS = (
         norm="Qwen3_5RMSNorm",
         style="gemma",
         mixer=branches.recurrent_or_attention("linear_attn"),
+        packs=False,
     ),
     Architecture("smollm3", "SmolLM3DecoderLayer", norm="SmolLM3RMSNorm"),
     Architecture("hunyuan_v1_dense", "HunYuanDenseV1DecoderLayer", norm="HunYuanDenseV1RMSNorm"),
@@ -113,7 +118,7 @@ _ROWS = (
         mixer=branches.attention_without("position_ids"),
         feed_forward=branches.feed_forward,
     ),
-    Architecture("gpt_oss", "GptOssDecoderLayer", norm="GptOssRMSNorm", style="olmo"),
+    Architecture("gpt_oss", "GptOssDecoderLayer", norm="GptOssRMSNorm", style="olmo", packs=False),
     Architecture(
         "phi3", "Phi3DecoderLayer", norm="Phi3RMSNorm", dropouts=("resid_attn_dropout", "resid_mlp_dropout")
     ),
@@ -127,6 +132,7 @@ _ROWS = (
         mixer=branches.recurrent_or_attention("mamba"),
         feed_forward=branches.experts_and_shared_mlp,
         residual_multiplier="residual_multiplier",
+        packs=False,
     ),
     Architecture(
         "apertus",
@@ -142,6 +148,7 @@ _ROWS = (
         mixer=branches.recurrent_or_attention("conv", cache="past_key_values"),
         feed_forward=branches.feed_forward,
         after_blocks=("embedding_norm",),
+        packs=False,
     ),
     Architecture("gemma", "GemmaDecoderLayer", norm="GemmaRMSNorm", style="gemma"),
     Architecture("gemma2", "Gemma2DecoderLayer", "sandwich", norm="Gemma2RMSNorm", style="gemma"),
@@ -178,7 +185,7 @@ _ROWS = (
     Architecture("cohere", "CohereDecoderLayer", "shift_only"),
     Architecture("cohere2", "Cohere2DecoderLayer", "shift_only"),
     Architecture("starcoder2", "Starcoder2DecoderLayer", "shift_only"),
-    Architecture("stablelm", "StableLmDecoderLayer", "shift_only", forwards_kwargs=False),
+    Architecture("stablelm", "StableLmDecoderLayer", "shift_only", forwards_kwargs=False, packs=False),
     Architecture("gpt_neox", "GPTNeoXLayer", "shift_only", after_blocks=("final_layer_norm",)),
     Architecture(
         "gpt2", "GPT2Block", "shift_only", blocks="h", after_blocks=("ln_f",), forwards_kwargs=False
@@ -190,9 +197,16 @@ _ROWS = (
         blocks="h",
         after_blocks=("ln_f",),
         forwards_kwargs=False,
+        packs=False,
     ),
     Architecture(
-        "bloom", "BloomBlock", "shift_only", blocks="h", after_blocks=("ln_f",), forwards_kwargs=False
+        "bloom",
+        "BloomBlock",
+        "shift_only",
+        blocks="h",
+        after_blocks=("ln_f",),
+        forwards_kwargs=False,
+        packs=False,
     ),
     Architecture(
         "opt",
@@ -200,9 +214,15 @@ _ROWS = (
         "shift_only",
         after_blocks=("final_layer_norm", "project_out"),
         forwards_kwargs=False,
+        packs=False,
     ),
     Architecture(
-        "xglm", "XGLMDecoderLayer", "shift_only", after_blocks=("layer_norm",), forwards_kwargs=False
+        "xglm",
+        "XGLMDecoderLayer",
+        "shift_only",
+        after_blocks=("layer_norm",),
+        forwards_kwargs=False,
+        packs=False,
     ),
 )
 
@@ -255,7 +275,13 @@ def _computes(cls: Any) -> Any:
 def shift_alone(model_type: str, block: str, blocks: str = "layers") -> Architecture:
     """The row of an architecture that the table does not have: nothing is relied on but its list of blocks."""
     return Architecture(
-        model_type, block, "shift_only", blocks=blocks, after_blocks=None, forwards_kwargs=False
+        model_type,
+        block,
+        "shift_only",
+        blocks=blocks,
+        after_blocks=None,
+        forwards_kwargs=False,
+        packs=False,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -15,7 +16,8 @@ from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
-from shifcon_fast.modeling.content import ordinary_tokens
+from shifcon_fast.modeling.content import ordinary_norms, ordinary_tokens, token_norms
+from shifcon_fast.modeling.packing import Packing, packing_of, to_device
 
 
 def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
@@ -31,13 +33,15 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     """Sentence representations r(s, k) at some boundaries: means over the content tokens, in float32.
 
     Runs the embedding and blocks 0 … max(boundaries)-1: no later block, no final norm, no LM head. What is kept of
-    each boundary is its (B, d) means, never the (B, T, d) hidden states. Differentiable, under gradient
-    checkpointing too. With ``language_ids`` the forward is shifted, and boundaries f and b count as after the shift
+    each boundary is its (B, d) means, never the (B, T, d) hidden states. Sentences that would be padded share rows
+    where the decoder can keep them apart (see :mod:`.packing`). Differentiable, under gradient checkpointing too.
+    With ``language_ids`` the forward is shifted, and boundaries f and b count as after the shift
     that is applied at them (Hugging Face's ``hidden_states[k]`` is before it).
 
     Args:
         model: any model of a known architecture; attached if language_ids are given.
-        input_ids, attention_mask: (B, T), as for the model. None attends everywhere.
+        input_ids, attention_mask: (B, T), as for the model. None attends everywhere. What is on the CPU is moved to
+            the model's device; a mask that is there already is not read, and its rows stay padded.
         pool_mask: (B, T), which tokens to average; see :func:`~shifcon_fast.modeling.content.content_mask`. A row
             without any gives zeros.
         boundaries: which, in any order, each in 0 … L-1.
@@ -53,7 +57,6 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     decoder = locate_decoder(model)
     wanted = _check_boundaries(boundaries, decoder.num_boundaries)
     attachment: Attachment | None = getattr(decoder.module, ATTACHMENT, None)
-    ids = None
     if language_ids is not None:
         if attachment is None:
             raise ValueError("language_ids: the model is not attached; call attach(model, space, ...) first.")
@@ -61,15 +64,35 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
             raise ValueError(
                 f"language_ids: got shape {tuple(language_ids.shape)}, wanted one id per sentence, (batch,)."
             )
+    device = _input_device(decoder)
+    packing = packing_of(attention_mask, decoder)
+    input_ids, pool_mask = to_device(input_ids, device), to_device(pool_mask, device) != 0
+    ids = None
+    if attachment is not None and language_ids is not None:
         ids = attachment.prepare(language_ids, input_ids)
-
+        language_ids = to_device(language_ids, device)
+    arguments: dict[str, Any] = {}
+    if packing is not None:
+        packing = packing.to(device)
+        arguments["position_ids"] = packing.given(packing.position_ids)
+        input_ids, attention_mask = packing.given(packing.pack(input_ids)), None
+        if language_ids is not None:
+            arguments["language_ids"] = packing.given(packing.of_sentences(language_ids, -1))
+    else:
+        attention_mask = None if attention_mask is None else to_device(attention_mask, device)
+        if language_ids is not None:
+            arguments["language_ids"] = language_ids
     pooled: dict[int, Tensor] = {}
 
     def pool(boundary: int, hidden_states: Tensor) -> None:
-        mask = pool_mask.to(hidden_states.device)
-        if not keep_massive:
-            mask, *_ = ordinary_tokens(hidden_states, mask != 0)
-        mean = ops.masked_mean_pool(hidden_states, mask)
+        here = hidden_states.device
+        mask = pool_mask.to(here)
+        if packing is None:
+            if not keep_massive:
+                mask, *_ = ordinary_tokens(hidden_states, mask)
+            mean = ops.masked_mean_pool(hidden_states, mask)
+        else:
+            mean, mask = _pool_packed(hidden_states, mask, packing.to(here), keep_massive=keep_massive)
         table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
         if ids is not None and table is not None and is_mapped(decoder.blocks[boundary]):
             # A map is affine: the mean of what it gives is what it gives of the mean.
@@ -79,13 +102,26 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
             mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), mask)
         pooled[boundary] = mean
 
-    if ids is None:
-        with unshifted(decoder.module):
-            _run_prefix(decoder, input_ids, attention_mask, wanted, pool)
-    else:
-        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, language_ids=language_ids)
-    device = pooled[max(wanted)].device
-    return torch.stack([pooled[boundary].to(device) for boundary in wanted])
+    with nullcontext() if ids is not None else unshifted(decoder.module):
+        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, **arguments)
+    last = pooled[max(wanted)].device
+    return torch.stack([pooled[boundary].to(last) for boundary in wanted])
+
+
+def _pool_packed(
+    hidden_states: Tensor, mask: Tensor, packing: Packing, *, keep_massive: bool
+) -> tuple[Tensor, Tensor]:
+    """Means of sentences that share rows, and the (B, T) mask of what they are the means of."""
+    rows = packing.rows(hidden_states)
+    if not keep_massive:
+        mask, _ = ordinary_norms(packing.unpack(token_norms(rows)), mask)
+    placed = packing.pack(mask) & (packing.sentence < len(mask))
+    return packing.means(rows, placed), mask
+
+
+def _input_device(decoder: Decoder) -> torch.device:
+    embedding: Tensor = next(decoder.module.get_input_embeddings().parameters())  # type: ignore[operator]
+    return embedding.device
 
 
 def visit_boundaries(

@@ -54,9 +54,22 @@ def ordinary_tokens(hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
         (B, T) bool, at least half of each row's mask; (B,) float32, the median ‖h‖ of each row's mask, NaN for an
         empty row; and (B, T) float32, ‖h‖.
     """
-    norms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32)
+    norms = token_norms(hidden_states)
+    return *ordinary_norms(norms, mask), norms
+
+
+@torch.no_grad()
+def token_norms(hidden_states: Tensor) -> Tensor:
+    """‖h‖ of each token, (B, T) float32."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return torch.linalg.vector_norm(hidden_states, dim=-1, dtype=wide).float()
+
+
+@torch.no_grad()
+def ordinary_norms(norms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two of :func:`ordinary_tokens`, from the norms (B, T)."""
     medians = norms.masked_fill(~mask, torch.nan).nanmedian(dim=1).values
     massive = (
         norms > MASSIVE_NORM * medians[:, None]
     ) & norms.isfinite()  # what overflowed must show in the mean
-    return mask & ~massive, medians, norms
+    return mask & ~massive, medians

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shifcon_fast import ops
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.packing import to_device
 from shifcon_fast.objective.across_processes import gather_pairs, pairs_of_processes
 from shifcon_fast.objective.gradient_cache import encode_in_turns, passes_needed
 from shifcon_fast.objective.recipe import MclMode
@@ -133,7 +134,6 @@ def contrastive_representations(
         ValueError: an odd number of rows.
     """
     pairs = _count_pairs(batch)
-    device = _device_of(model)
 
     def encode(part: Mapping[str, Tensor]) -> Tensor:
         return boundary_representations(
@@ -150,7 +150,7 @@ def contrastive_representations(
     parts = [rows]
     if passes > 1:
         parts = [_part_of(rows, pairs * i // passes, pairs * (i + 1) // passes) for i in range(passes)]
-    parts = [{name: values.to(device) for name, values in part.items()} for part in parts]
+    parts = [_placed(part, _device_of(model)) for part in parts]
     halves = [part.chunk(2, dim=1) for part in encode_in_turns(encode, parts)]
     return torch.cat([pivot for pivot, _ in halves], 1), torch.cat([other for _, other in halves], 1)
 
@@ -164,6 +164,14 @@ def _count_pairs(batch: ContrastiveBatch) -> int:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def _placed(part: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A part where the model is, but for its attention mask: on the host, it tells how to pack the sentences."""
+    return {
+        name: values if name == "attention_mask" else to_device(values, device)
+        for name, values in part.items()
+    }
 
 
 def _part_of(batch: Mapping[str, Tensor], first: int, end: int) -> dict[str, Tensor]:
