@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shifcon_fast.modeling.architectures import locate_decoder
 
@@ -35,7 +36,8 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """A JSON-able description by which a model is recognised again.
 
     Args:
-        model: anything that :func:`.locate_decoder` accepts; with or without adapters, quantised or not.
+        model: anything that :func:`.locate_decoder` accepts; with or without adapters, quantised or not. Where
+            its weights are sharded, every process must call this.
 
     Returns:
         The compared fields of the configuration, ``config_sha256`` over them, ``embedding`` (a sample of the input
@@ -82,5 +84,8 @@ def _embedding_sketch(decoder: nn.Module) -> list[float] | None:
         return None
     rows = torch.linspace(0, min(weight.shape[0], _SKETCH_VOCABULARY) - 1, _SKETCH_ROWS).long()
     columns = torch.linspace(0, weight.shape[1] - 1, _SKETCH_COLUMNS).long()
-    sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)]
+    weight = weight.detach()[:_SKETCH_VOCABULARY]
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    sample = weight[rows.to(weight.device)][:, columns.to(weight.device)]
     return [round(value, 6) for value in sample.float().flatten().tolist()]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
+from torch import Tensor
 
 from shifcon_fast.modeling.adapters import active_adapter
 from shifcon_fast.modeling.vocabulary import embedding_rows
@@ -38,22 +40,34 @@ def adapter_to_save(model: Any) -> str:
     return name
 
 
-def save_adapter(folder: Path, model: Any) -> None:
+def save_adapter(folder: Path, model: Any, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the active adapter's files into ``folder``; PEFT puts one that is not called "default" deeper.
 
     Where ``resize_token_embeddings`` has changed the embedding, its rows are written too, since the base model does
-    not have them.
+    not have them. ``weights``: instead of the model's own, by their names in it.
     """
     name = adapter_to_save(model)
     model.save_pretrained(
         str(folder),
         selected_adapters=[name],
-        save_embedding_layers=_adapts_embedding(model, name) or _is_resized(model),
+        save_embedding_layers=_saves_embedding(model, name),
+        state_dict=None if weights is None else dict(weights),
     )
     if name != "default":
         for path in (folder / name).iterdir():
             os.replace(path, folder / path.name)
         (folder / name).rmdir()
+
+
+def saved_weights(model: Any) -> dict[str, Tensor]:
+    """The parameters that :func:`save_adapter` writes, by their names in the model; nothing is copied."""
+    name = adapter_to_save(model)
+    named = dict(model.named_parameters())
+    kept = get_peft_model_state_dict(
+        model, named, adapter_name=name, save_embedding_layers=_saves_embedding(model, name)
+    )
+    chosen = {id(each) for each in kept.values()}
+    return {key: each for key, each in named.items() if id(each) in chosen}
 
 
 def tell_peft_of_the_shift(folder: Path, card: str) -> None:
@@ -116,6 +130,10 @@ def fit_embedding(model: Any, folder: Path, rows: int) -> None:
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
     model.requires_grad_(False)
+
+
+def _saves_embedding(model: Any, name: str) -> bool:
+    return _adapts_embedding(model, name) or _is_resized(model)
 
 
 def _adapts_embedding(model: Any, name: str) -> bool:

@@ -13,6 +13,7 @@ from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.training.language_column import LanguageCollator
 from shifcon_fast.training.run_folder import RunState, save_run
+from shifcon_fast.training.sharding import gather_weights
 from shifcon_fast.training.training_data import text_tokenizer
 from shifcon_fast.training.trl_columns import LanguageColumns, add_language_ids
 
@@ -103,6 +104,8 @@ class ShifConDPOTrainer(LanguageColumns, DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a run folder, as ``ShifConTrainer`` does: the shift would be lost with the adapter alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        gathered = gather_weights(model)
         if self.args.should_save:
             tokenizer = text_tokenizer(self.processing_class)
             state = RunState(
@@ -110,7 +113,8 @@ class ShifConDPOTrainer(LanguageColumns, DPOTrainer):
                 tokenizer=self.processing_class,
                 log=self.state.log_history,
                 end_of_turn=end_of_turn(tokenizer),
+                gathered=gathered,
             )
-            save_run(output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model), state)
+            save_run(output_dir or self.args.output_dir, model, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")

@@ -7,6 +7,7 @@ PEFT's; what is added here are the settings that make them train correctly on bo
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ def load_quantized(
     device_map: Any = None,
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = True,
+    quant_storage: torch.dtype | None = None,
 ) -> Any:
     """Load a causal language model with frozen base weights and, if asked for, trainable LoRA adapters.
 
@@ -47,6 +49,8 @@ def load_quantized(
         device_map: as in ``from_pretrained``; None puts the whole model on this process's CUDA device or the CPU.
         trust_remote_code: run model code that comes with the checkpoint.
         gradient_checkpointing: recompute activations in the backward pass (the non-reentrant kind). Only with lora.
+        quant_storage: dtype in which the bytes of 4-bit weights are kept. FSDP2 shards floating ones alone. None:
+            bytes, or ``dtype`` where ``accelerate launch`` says that FSDP will be used.
 
     Returns:
         A ``PeftModel`` in training mode, or the ``PreTrainedModel`` itself in eval mode if ``lora`` is None.
@@ -75,6 +79,7 @@ def load_quantized(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=quant_storage or (dtype if _is_for_fsdp() else None),
             llm_int8_skip_modules=_modules_to_skip(config, trust_remote_code) if on_cpu else None,
         )
     try:
@@ -136,6 +141,10 @@ def nf4_problem(device: torch.device) -> str | None:
         return f"bitsandbytes: {problem} (pip install -U bitsandbytes)"
     # The widest gap between two NF4 levels is 0.3 of the block's maximum.
     return None if error < 0.2 else f"bitsandbytes returns weights that are off by {error:.2f} on {device}"
+
+
+def _is_for_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _device() -> torch.device:

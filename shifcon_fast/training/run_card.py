@@ -113,6 +113,7 @@ def make_card(
     *,
     shifted: bool,
     end_of_turn: Sequence[int],
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> RunCard:
     """The card of a run whose other files lie in ``folder``; see ``run_folder.RunState`` for the arguments."""
     base = model.get_base_model()
@@ -123,7 +124,7 @@ def make_card(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
-        "fingerprint": model_fingerprint(model),  # type: ignore[typeddict-item]
+        "fingerprint": fingerprint or model_fingerprint(model),  # type: ignore[typeddict-item]
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none",
         "adapter": adapter_to_save(model),
         "embedding_rows": embedding_rows(base),

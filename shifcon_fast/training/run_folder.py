@@ -27,6 +27,7 @@ from shifcon_fast.training.generation import GENERATION, save_generation_config,
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.run_card import ADAPTER, make_card, read_card
 from shifcon_fast.training.run_readme import write_readme
+from shifcon_fast.training.sharding import Gathered
 from shifcon_fast.training.shift_file import SHIFT, read_shift, write_shift
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RunState:
         log: ``trainer.state.log_history``.
         shift: saved instead of the handle's, where they differ.
         end_of_turn: the token ids that end a response, as ``data.chat_template.end_of_turn`` finds them.
+        gathered: what :func:`.gather_weights` has brought together on all processes, where the model is sharded.
     """
 
     handle: ShiftHandle | None = None
@@ -59,6 +61,7 @@ class RunState:
     log: Sequence[Mapping[str, Any]] = ()
     shift: LanguageShift | None = None
     end_of_turn: Sequence[int] = ()
+    gathered: Gathered | None = None
 
 
 def save_run(folder: str | Path, model: Any, state: RunState) -> None:
@@ -86,7 +89,8 @@ def write_run_files(folder: Path, model: Any, state: RunState, name: str | None 
             f"model: got {type(model).__name__}; wanted a PEFT model, as load_quantized(..., lora=LoraConfig(...)) "
             "returns it: a run folder holds an adapter"
         )
-    save_adapter(folder, model)
+    gathered = state.gathered
+    save_adapter(folder, model, gathered.weights if gathered else None)
     shift = state.shift or (state.handle.shift if state.handle else None)
     if shift is not None:
         write_shift(folder, shift)
@@ -97,7 +101,13 @@ def write_run_files(folder: Path, model: Any, state: RunState, name: str | None 
         state.tokenizer.save_pretrained(str(folder))
     write_json(folder / LOG, _training_log(state.log))
     card = make_card(
-        folder, model, state.settings, shift, shifted=state.shifted, end_of_turn=state.end_of_turn
+        folder,
+        model,
+        state.settings,
+        shift,
+        shifted=state.shifted,
+        end_of_turn=state.end_of_turn,
+        fingerprint=gathered.fingerprint if gathered else None,
     )
     write_json(folder / CARD, card)
     write_readme(folder, card, shift, name=name)  # in place of PEFT's

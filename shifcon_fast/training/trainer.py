@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.run_readme import RunReadme
+from shifcon_fast.training.sharding import check_fsdp_version, check_units, engage_fsdp, gather_weights
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,12 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(_StepEnd(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        check_fsdp_version(self.args.fsdp_plugin_args)
+        super().create_accelerator_and_postprocess()
+        if engage_fsdp(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     def _set_up_method(self, model: Any, args: ShifConArguments, tokenizer: Any, parallel: Any) -> None:
         languages = None if self.handle is None else self.handle.shift.languages
@@ -353,15 +361,14 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         self._vectors.finish(shift)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a run folder, all or nothing; only the main process does."""
+        """Write a run folder, all or nothing; only the main process does, and all must call this."""
+        model = self.accelerator.unwrap_model(self.model)
+        gathered = gather_weights(model)
         if self.args.should_save:
             # In the middle of training the saved vectors are those of evaluation, not the undivided sums.
             vectors = self._vectors if self.is_in_train else None
-            save_run(
-                output_dir or self.args.output_dir,
-                self.accelerator.unwrap_model(self.model),
-                self._run_state(vectors.shift(training=False) if vectors else None),
-            )
+            state = self._run_state(vectors.shift(training=False) if vectors else None)
+            save_run(output_dir or self.args.output_dir, model, replace(state, gathered=gathered))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -447,6 +454,7 @@ class _StepEnd(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_units(self._trainer.model)
         if args.use_liger_kernel and self._trainer.handle is not None:  # it has just replaced the forward
             name_language_ids(self._trainer.handle.model)
 

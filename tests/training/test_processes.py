@@ -1,107 +1,240 @@
-"""Losses by language over two processes are those of one: each token counts once."""
+"""Two processes on the CPU (gloo) train what one trains with the same global batch, under DDP and under FSDP2."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
 
+import shifcon_fast as sf
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.trainer import ShifConTrainer
 
-SETTINGS = {
+WORKER = Path(__file__).with_name("worker.py")
+# The rows of a process; one process alone has both of them in its batch.
+SETTINGS: dict[str, Any] = {
     "forward": 1,
     "backward": 3,
     "max_steps": 2,
-    "logging_steps": 2,
-    "logging_first_step": False,
-    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 2,
+    "contrastive_batch_size": 4,
+    "contrastive_mini_batch_size": 3,
+    "gather_across_devices": True,
     "train_sampling_strategy": "sequential",
-    "learning_rate": 0.0,
-    "w_gen": 1.0,
-    "w_mcl": 0.0,
-    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "vectors": "ema",
+    "ema_decay": 0.5,
+    "final_estimation": False,
     "report_to": "none",
     "disable_tqdm": True,
     "use_cpu": True,
 }
-SCRIPT = """
-import json, sys, torch
-from peft import LoraConfig
-from transformers import AutoTokenizer
-import shifcon_fast as sf
-
-checkpoint, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-torch.manual_seed(11)
-lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-trainer = sf.ShifConTrainer(
-    sf.load_quantized(checkpoint, lora, "none"),
-    sf.ShifConArguments(output_dir=folder + "/run", **settings),
-    processing_class=AutoTokenizer.from_pretrained(checkpoint),
-    train_dataset=folder + "/rows.jsonl",
-    eval_dataset=folder + "/few.jsonl",
-    space=sf.LanguageSpace.load(folder + "/space"),
-)
-trainer.train()
-metrics = trainer.evaluate()
-if trainer.is_world_process_zero():
-    found = {"train": trainer.state.log_history[0], "evaluation": metrics, "processes": trainer.args.world_size}
-    open(folder + "/found.json", "w").write(json.dumps(found))
-"""
+ALONE = {"per_device_train_batch_size": 8, "contrastive_batch_size": 8, "contrastive_mini_batch_size": None}
 
 
-@pytest.mark.slow("starts two processes, each of which imports everything")
-def test_two_processes_log_what_one_logs(
-    make_trainer: Callable[..., ShifConTrainer],
-    tiny_checkpoint: Path,
-    space: LanguageSpace,
-    instructions: list[Instruction],
-    tmp_path: Path,
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not self.gradients:
+            self.gradients = {
+                name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+            }
+
+
+def write_data(
+    folder: Path, instructions: list[Instruction], parallel_text: dict[str, list[str]], space: LanguageSpace
 ) -> None:
-    few = instructions[:7]  # the last batch of the second process is filled up with rows of the first
-    for name, data in (("rows", instructions[:16]), ("few", few)):
+    # The last batch of an evaluation is filled up with rows of the first process.
+    for name, data in (("rows", instructions[:16]), ("few", instructions[:7])):
         lines = [
             {"lang": each.language, "prompt": each.turns[0].content, "response": each.turns[1].content}
             for each in data
         ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    space.save(tmp_path / "space")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tiny_checkpoint), str(tmp_path), json.dumps(SETTINGS)]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["processes"] == 2
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = [dict(zip(parallel_text, row, strict=True)) for row in zip(*parallel_text.values(), strict=True)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+    space.save(folder / "space")
 
-    alone = make_trainer(
-        folder="alone",
+
+@pytest.fixture(scope="module")
+def together(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path,
+    space: LanguageSpace,
+    instructions: list[Instruction],
+    parallel_text: dict[str, list[str]],
+) -> Path:
+    """A folder with what two processes found; see worker.py. They are started as torchrun starts them."""
+    folder = tmp_path_factory.mktemp("together")
+    write_data(folder, instructions, parallel_text, space)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    running = []
+    for rank in (0, 1):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        with (folder / f"output-{rank}").open("w") as output:
+            command = [sys.executable, "-P", str(WORKER), str(tiny_checkpoint), str(folder)]
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    try:
+        for each in running:
+            each.wait(timeout=250)
+    finally:
+        for each in running:
+            each.kill()
+    codes = [each.wait() for each in running]
+    # The second one is killed at the end, and the first one then ends with an error.
+    said = "\n".join((folder / f"output-{rank}").read_text()[-4000:] for rank in (0, 1))
+    assert (folder / "killed.json").is_file(), said
+    (folder / "codes.json").write_text(json.dumps(codes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(
+    *,
+    tmp_path_factory: pytest.TempPathFactory,
+    load_model: Callable[..., Any],
+    space: LanguageSpace,
+    instructions: list[Instruction],
+    parallel_text: dict[str, list[str]],
+    word_tokenizer: Any,
+) -> tuple[ShifConTrainer, dict[str, float], dict[str, Tensor]]:
+    """A trainer that has trained alone, its evaluation and its gradients."""
+    recorder = Recorder()
+    folder = tmp_path_factory.mktemp("alone")
+    trainer = ShifConTrainer(
+        load_model(),
+        sf.ShifConArguments(output_dir=str(folder), **{**SETTINGS, **ALONE}),
+        processing_class=word_tokenizer,
         train_dataset=instructions[:16],
-        eval_dataset=few,
-        parallel=None,
-        **{**SETTINGS, "per_device_train_batch_size": 8},
+        eval_dataset=instructions[:7],
+        parallel=parallel_text,
+        space=space,
+        callbacks=[recorder],
     )
-    alone.train()
-    for place, expected, prefix in (
-        ("train", alone.state.log_history[0], "loss"),
-        ("evaluation", alone.evaluate(), "eval_loss_"),
-    ):
-        losses = {name: value for name, value in expected.items() if name.startswith(prefix)}
-        assert any(name.endswith("_sw") for name in losses)
-        assert {name: found[place][name] for name in losses} == pytest.approx(losses, rel=1e-5)
+    trainer.train()
+    return trainer, trainer.evaluate(), recorder.gradients
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("engine", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPPeftModel")]
+)
+def test_losses_gradients_vectors_and_runs_are_those_of_one_process(
+    engine: str, wrapper: str, together: Path, alone: Any
+) -> None:
+    trainer, evaluation, gradients = alone
+    found = read(together, engine)
+    assert found["processes"] == 2
+    assert found["model"] == wrapper
+    for step in (0, 1):
+        expected = {
+            name: value
+            for name, value in trainer.state.log_history[step].items()
+            if "loss" in name or name == "grad_norm"
+        }
+        assert {"loss_generation_sw", "loss_contrastive"} <= expected.keys()
+        assert {name: found["log"][step][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    losses = {name: value for name, value in evaluation.items() if name.startswith("eval_loss_")}
+    assert "eval_loss_sw" in losses
+    assert {name: found["evaluation"][name] for name in losses} == pytest.approx(losses, rel=1e-5)
+    stored = load_file(together / f"{engine}.st")
+    assert stored.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(stored[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+    run = sf.load(together / engine)
+    assert isinstance(run, PeftModel)
+    torch.testing.assert_close(run.shifcon.shift.vectors, trainer.handle.shift.vectors, rtol=1e-5, atol=1e-6)
+    weights = dict(trainer.model.named_parameters())
+    for name, parameter in run.named_parameters():
+        torch.testing.assert_close(parameter, weights[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_resumed_run_goes_on_exactly(engine: str, together: Path) -> None:
+    found = read(together, engine)
+    assert found["resumed_exactly"]
+    for name in ("loss", "loss_contrastive", "loss_generation", "grad_norm", "step"):
+        assert found["resumed"][name] == found["log"][1][name]
+
+
+def test_fsdp_holds_half_of_the_weights_in_each_process(together: Path) -> None:
+    assert read(together, "fsdp")["held"] < 0.51 * read(together, "ddp")["held"]
+
+
+def test_processes_with_unequal_numbers_of_pairs(together: Path) -> None:
+    for rank in (0, 1):
+        found = read(together, f"unequal-{rank}")
+        assert found["gradients"] > 20
+        assert found["apart"] < 1e-5
+        # Refused by both alike: one alone would leave the other waiting.
+        assert "process 1 has no pair, the processes have [5, 0]" in found["none"]
+        assert "[5, 2] pairs, and the most need 5 passes" in found["too_few"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("cut", "its policy cuts block 0 in two at mlp; wanted .* LlamaDecoderLayer"),
+        ("larger", "block 0 is no unit of its own"),
+        ("version", "fsdp_version: got 1; wanted 2"),
+        ("checkpointing", "fsdp_activation_checkpointing: .* without their shift"),
+        ("ram", "fsdp_cpu_ram_efficient_loading: .* have no weights"),
+        ("bytes", r"4-bit weight .* is stored as torch.uint8, .* quant_storage"),
+    ],
+)
+def test_sharding_that_would_not_train_what_was_meant_is_refused(
+    case: str, message: str, together: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(read(together, "refused").get(case, "nothing was refused"))
+
+
+def test_fsdp_with_one_process_is_refused(
+    make_trainer: Callable[..., ShifConTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which accelerate takes, and trains unsharded."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="fsdp: asked for, but accelerate runs as NO on 1 process"):
+        make_trainer()
+
+
+def test_a_killed_process_ends_the_others_with_an_error(together: Path) -> None:
+    first, second = read(together, "codes")
+    assert second == -9
+    assert first == 1
+    found = read(together, "killed")
+    assert found["seconds"] < 60
+    assert found["error"].startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))

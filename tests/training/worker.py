@@ -1,0 +1,203 @@
+"""One of two processes that train together on the CPU: python worker.py CHECKPOINT FOLDER
+
+What test_processes.py looks at is written into FOLDER. Everything is in one process, since starting one takes
+longer than all that it does: DDP, then FSDP2, then what is refused, and at the end one process is killed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import memory
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, TrainerCallback
+
+import shifcon_fast as sf
+from shifcon_fast.objective.mcl import mcl_loss
+
+CHECKPOINT, FOLDER = sys.argv[1], Path(sys.argv[2])
+SETTINGS = json.loads((FOLDER / "settings.json").read_text())
+TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+class Recorder(TrainerCallback):
+    """The gradients of the first optimizer step, whole; and what of the weights this process holds."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.held = 0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.gradients:
+            return
+        model = model.module if hasattr(model, "module") else model
+        for name, parameter in model.named_parameters():
+            self.held += local(parameter).numel()
+            if parameter.grad is not None:
+                self.gradients[name] = whole(parameter.grad).clone()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def load(quantization: str = "none", **settings: Any) -> Any:
+    torch.manual_seed(11)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    return sf.load_quantized(CHECKPOINT, lora, quantization, **settings)
+
+
+def make(name: str, model: Any = None, callbacks: Any = (), **settings: Any) -> sf.ShifConTrainer:
+    return sf.ShifConTrainer(
+        model or load(),
+        sf.ShifConArguments(output_dir=str(FOLDER / name), **{**copy.deepcopy(SETTINGS), **settings}),
+        processing_class=TOKENIZER,
+        train_dataset=str(FOLDER / "rows.jsonl"),
+        eval_dataset=str(FOLDER / "few.jsonl"),
+        parallel=str(FOLDER / "pairs.jsonl"),
+        space=sf.LanguageSpace.load(FOLDER / "space"),
+        callbacks=list(callbacks),
+    )
+
+
+def write(name: str, found: Any) -> None:
+    if dist.get_rank() == 0:
+        (FOLDER / f"{name}.json").write_text(json.dumps(found))
+
+
+def train(name: str, **settings: Any) -> None:
+    """A run with an evaluation, and what a second one goes on with from the first one's checkpoint."""
+    recorder = Recorder()
+    trainer = make(name, callbacks=[recorder], **settings)
+    trainer.train()
+    metrics = trainer.evaluate()
+    resumed = make(f"{name}-resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(FOLDER / name / "checkpoint-1"))
+    adapters = [
+        {key: whole(each).detach() for key, each in one.model.named_parameters() if each.requires_grad}
+        for one in (trainer, resumed)
+    ]
+    log = trainer.state.log_history
+    write(
+        name,
+        {
+            "log": log,
+            "evaluation": metrics,
+            "processes": trainer.args.world_size,
+            "held": recorder.held,
+            "model": type(trainer.model_wrapped).__name__,
+            "resumed": resumed.state.log_history[1],
+            "resumed_exactly": all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0]),
+        },
+    )
+    if dist.get_rank() == 0:
+        save_file({key: each.contiguous() for key, each in recorder.gradients.items()}, FOLDER / f"{name}.st")
+
+
+def unequal_numbers_of_pairs() -> None:
+    """Five pairs of one process and two of the other, contrasted with each other."""
+    model = load()
+    handle = sf.attach(model, sf.LanguageSpace.load(FOLDER / "space"), 1, 3)
+    trainer = make("unequal", max_steps=1)
+    assert trainer._sampler is not None
+    sampler = trainer._sampler
+    sampler._batch_size, sampler._processes = 7, 1
+    everything = sampler.batch(0)
+    mine = slice(0, 5) if dist.get_rank() == 0 else slice(5, 7)
+    batch = {key: torch.cat([half[mine] for half in each.chunk(2)]) for key, each in everything.items()}
+    gradients = []
+    for part, settings in (
+        (batch, {"gather_across_devices": True, "mini_batch_size": 3}),
+        (everything, {}),
+    ):
+        model.zero_grad()
+        loss = mcl_loss(model, part, handle, **settings)
+        loss.backward()
+        gradients.append(
+            {"loss": loss.detach()}
+            | {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
+        )
+    for each in gradients[0].values():
+        dist.all_reduce(each)
+        each /= 2
+    apart = max(
+        float((gradients[0][key] - each).abs().max() / each.abs().max()) for key, each in gradients[1].items()
+    )
+    none = {key: each[:0] for key, each in batch.items()} if dist.get_rank() else batch
+    found = {"apart": apart, "gradients": len(gradients[0])}
+    for name, part, settings in (
+        ("none", none, {}),
+        ("too_few", batch, {"mini_batch_size": 1}),
+    ):
+        try:
+            mcl_loss(model, part, handle, gather_across_devices=True, **settings)
+        except ValueError as error:
+            found[name] = str(error)
+    (FOLDER / f"unequal-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def refusals() -> None:
+    found = {}
+    cases = {
+        "cut": ({"transformer_layer_cls_to_wrap": ["LlamaMLP"]}, {}),
+        "larger": ({"auto_wrap_policy": "NO_WRAP"}, {}),
+        "version": ({"version": 1}, {}),
+        "checkpointing": ({"activation_checkpointing": True}, {}),
+        "ram": ({"cpu_ram_efficient_loading": True}, {}),
+        "bytes": ({}, {"quantization": "nf4", "quant_storage": torch.uint8}),
+    }
+    for name, (fsdp, model) in cases.items():
+        try:
+            make(name, load(**model), fsdp=True, fsdp_config=fsdp).train()
+        except ValueError as error:
+            found[name] = str(error)
+    write("refused", found)
+
+
+class Dies(TrainerCallback):
+    """One process is killed in the middle of a run, and cannot say so."""
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed() -> None:
+    trainer = make("killed", callbacks=[Dies()], gradient_accumulation_steps=2, fsdp=True)
+    start = time.monotonic()
+    try:
+        trainer.train()
+    except Exception as error:
+        write("killed", {"seconds": time.monotonic() - start, "error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    memory.clear_device_cache = lambda garbage_collection=False: None  # half a second of every training
+    for part in (
+        lambda: train("ddp"),
+        unequal_numbers_of_pairs,
+        lambda: train("fsdp", fsdp=True),
+        refusals,
+        killed,
+    ):
+        begin = time.monotonic()
+        part()
+        print(f"{time.monotonic() - begin:.1f} s", flush=True)
