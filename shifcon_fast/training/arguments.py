@@ -40,6 +40,7 @@ _CHOICES = {
     "mcl_mode": ("shifted", "pooled"),
     "vectors": ("frozen", "ema", "refresh", "running"),
     "too_long": ("truncate", "drop", "error"),
+    "chunked_cross_entropy": ("auto", "on", "off"),
 }
 _AT_LEAST = {
     "contrastive_batch_size": 2,
@@ -189,6 +190,14 @@ class ShifConArguments(TrainingArguments):
         metadata={"help": "Log the generation loss of each language too, in training and in evaluation."},
     )
 
+    chunked_cross_entropy: str = field(
+        default="auto",
+        metadata={
+            "help": "Generation loss of the learnt tokens alone, without all logits: auto (unless something needs "
+            "them), on (or an error), off."
+        },
+    )
+
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Learning rate schedule."})
     warmup_steps: float | None = field(
@@ -216,6 +225,9 @@ class ShifConArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # YAML and TOML read on and off as truth values.
+        switch = str(self.chunked_cross_entropy).lower()
+        self.chunked_cross_entropy = {"true": "on", "false": "off"}.get(switch, switch)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (value is None and name in _FROM_RECIPE):

@@ -1,4 +1,4 @@
-"""A trainer's losses and metrics by language, in its log."""
+"""A trainer's generation loss, with or without logits, and its losses and metrics by language, in its log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from shifcon_fast.notices import warn_once
-from shifcon_fast.training.language_losses import LanguageLosses, TokenLosses, token_losses
+from shifcon_fast.training.language_losses import LanguageLosses, LanguageSums, TokenLosses, token_losses
+from shifcon_fast.training.loss_without_logits import (
+    LossWithoutLogits,
+    loss_without_logits,
+    say_why_with_logits,
+)
 
 Metrics = Callable[[EvalPrediction], Mapping[str, Any]]
 
@@ -24,6 +29,8 @@ class LanguageLog:
     args: Any
     accelerator: Any
     compute_metrics: Any
+    compute_loss_func: Any
+    model: Any
 
     def _start_language_log(self, languages: Sequence[str]) -> None:
         self._languages = tuple(languages)
@@ -32,12 +39,32 @@ class LanguageLog:
         self._evaluated: list[
             Tensor
         ] = []  # language ids of the rows of an evaluation, in the order of its rows
+        self._without_logits = self._make_loss_without_logits()
+        self._outputs_are_dropped = False
+
+    def _make_loss_without_logits(self) -> LossWithoutLogits | None:
+        own = None if self.compute_loss_func is None else "compute_loss_func"
+        return loss_without_logits(self.args, self.model, own_loss=own)
 
     def _generation_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
-    ) -> tuple[Any, Any, TokenLosses | None]:
-        """L_gen of a micro-batch, the model's outputs, and L_gen by token for ``language_losses``."""
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        language_ids: Tensor | None,
+        return_outputs: bool,
+        num_items_in_batch: Any,
+    ) -> tuple[Any, Any, TokenLosses | LanguageSums | None]:
+        """L_gen of a micro-batch, the model's outputs, and L_gen by token or language for ``language_losses``."""
         labels = inputs.get("labels")
+        chunked = self._without_logits
+        outputs_are_wanted = return_outputs and not self._outputs_are_dropped
+        if chunked is not None and labels is not None and not outputs_are_wanted:
+            with chunked.engaged(language_ids if self.args.language_losses else None) as found:
+                loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)  # type: ignore[misc]
+            if found.problem is None:
+                return loss, outputs, found.losses
+            self._without_logits = None
+            say_why_with_logits(self.args, found.problem)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
         if not self.args.language_losses or labels is None:
             return loss, outputs, None
@@ -50,7 +77,19 @@ class LanguageLog:
             return loss, outputs, None
         return loss, outputs, token_losses(logits, labels)
 
-    def _add_language_losses(self, tokens: TokenLosses, language_ids: Tensor, *, training: bool) -> None:
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As ``Trainer``'s; where predictions are asked for, the loss is taken from their logits."""
+        self._outputs_are_dropped = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        finally:
+            self._outputs_are_dropped = False
+
+    def _add_language_losses(
+        self, tokens: TokenLosses | LanguageSums, language_ids: Tensor, *, training: bool
+    ) -> None:
         losses = self._training_losses if training else self._evaluation_losses
         rows = losses.rows(tokens, language_ids)
         if not training and self.args.world_size > 1:  # without the rows that fill up the last batch

@@ -28,6 +28,20 @@ class TokenLosses(NamedTuple):
     learnt: Tensor
 
 
+class LanguageSums(NamedTuple):
+    """What predicting the tokens of each language cost, without a graph.
+
+    Attributes:
+        ids: (G,) int64, the languages; -1 is none.
+        losses: (G,), their summed nats.
+        tokens: (G,), how many were learnt.
+    """
+
+    ids: Tensor
+    losses: Tensor
+    tokens: Tensor
+
+
 def token_losses(logits: Tensor, labels: Tensor) -> TokenLosses:
     """-log p of each label, from logits that are there anyway: read once more in chunks, none of them copied whole.
 
@@ -61,13 +75,15 @@ class LanguageLosses:
         self._names = (*languages, OTHER)
         self._sums: Tensor | None = None
 
-    def rows(self, losses: TokenLosses, language_ids: Tensor) -> Tensor:
+    def rows(self, losses: TokenLosses | LanguageSums, language_ids: Tensor) -> Tensor:
         """The sums of each row of a batch: (B, 2, K+1), losses and tokens by language, -1 in the last place.
 
         Args:
-            losses: of the batch.
+            losses: of the batch; those by language make one row.
             language_ids: (B,) or, where rows hold several languages, (B, T).
         """
+        if isinstance(losses, LanguageSums):
+            return self._one_row(losses)
         nll, learnt = losses
         ids = language_ids.to(nll.device)
         ids = ids[:, None].expand(nll.shape) if ids.dim() == 1 else ids[:, 1:]
@@ -75,6 +91,12 @@ class LanguageLosses:
         places = torch.where(ids < 0, len(self._names) - 1, ids)[:, None].expand(values.shape)
         empty = values.new_zeros(nll.shape[0], 2, len(self._names))
         return empty.scatter_add_(2, places, values)
+
+    def _one_row(self, sums: LanguageSums) -> Tensor:
+        ids = torch.where(sums.ids < 0, len(self._names) - 1, sums.ids)
+        values = torch.stack([sums.losses, sums.tokens]).to(_exact(ids.device))
+        empty = values.new_zeros(2, len(self._names))
+        return empty.index_add_(1, ids, values)[None]
 
     def add(self, rows: Tensor) -> None:
         """Add what :meth:`rows` gave of a batch."""

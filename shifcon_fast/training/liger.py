@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
+import re
+from importlib import import_module, metadata
 from types import MethodType
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from shifcon_fast.modeling.swap import original_class
+from shifcon_fast.training.arguments import ShifConArguments
+
+LEAST = (0, 8)
+"""The first version that is tried here; ``pyproject.toml`` asks for it too."""
 
 
-def check_liger(args: TrainingArguments, model: Any) -> None:
-    """Leave the norms to our operator, unless ``liger_kernel_config`` has ``rms_norm``; nothing without Liger.
+def liger_problem() -> str | None:
+    """Why Liger cannot be used, whatever the device, and what to do; None where it can."""
+    try:
+        found = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is not None and tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST:
+        least = ".".join(map(str, LEAST))
+        return (
+            f'liger-kernel {found} is too old: wanted {least} or newer: pip install -U "shifcon-fast[liger]"'
+        )
+    if found is None or not is_liger_kernel_available():
+        return 'liger-kernel is not installed: pip install "shifcon-fast[liger]"'
+    return None
+
+
+def check_liger(args: ShifConArguments, model: Any) -> None:
+    """Leave the norms to our operator and the loss to ``chunked_cross_entropy``; nothing without Liger.
+
+    ``liger_kernel_config`` overrules both: ``rms_norm``, ``fused_linear_cross_entropy``.
 
     Raises:
-        ImportError: Liger is not installed. ValueError: a run on the CPU, or a model that it has no kernels for.
+        ImportError: Liger is not installed, or too old. ValueError: a run on the CPU, or a model that it has no
+            kernels for.
     """
     if not args.use_liger_kernel:
         return
-    if not is_liger_kernel_available():
-        raise ImportError(
-            'use_liger_kernel: liger-kernel is not installed: pip install "shifcon-fast[liger]"',
-            name="liger_kernel",
-        )
+    if problem := liger_problem():
+        raise ImportError(f"use_liger_kernel: {problem}", name="liger_kernel")
     if args.device.type == "cpu":
         raise ValueError(
             "use_liger_kernel: Liger's kernels are Triton's and need a GPU; this run is on the CPU, where the "
@@ -37,7 +57,10 @@ def check_liger(args: TrainingArguments, model: Any) -> None:
         raise ValueError(
             f"use_liger_kernel: Liger has no kernels for model type {model.config.model_type!r}; leave it out"
         )
-    args.liger_kernel_config = {"rms_norm": False, **(args.liger_kernel_config or {})}
+    ours = {"rms_norm": False}
+    if args.chunked_cross_entropy != "off":  # which has the losses by language too
+        ours["fused_linear_cross_entropy"] = False
+    args.liger_kernel_config = {**ours, **(args.liger_kernel_config or {})}
 
 
 def name_language_ids(model: Any) -> None:

@@ -42,6 +42,7 @@ class ShifConSFTConfig(ShifConArguments, SFTConfig):
     def __post_init__(self) -> None:
         for name, instead in (
             ("too_long", "max_length and truncation_mode"),
+            ("chunked_cross_entropy", "fused LM head and loss_type"),
             ("use_chat_template", "the form of the rows (text or messages) and chat_template_path"),
         ):
             default = type(self).__dataclass_fields__[name].default
@@ -115,8 +116,16 @@ class ShifConSFTTrainer(LanguageColumns, ShifConTrainer, SFTTrainer):
             datasets, getattr(data_collator, "collator", data_collator)
         )
 
+    def _make_loss_without_logits(self) -> None:
+        """TRL has its own."""
+
     def _generation_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        language_ids: Tensor | None,
+        return_outputs: bool,
+        num_items_in_batch: Any,
     ) -> tuple[Any, Any, TokenLosses | None]:
         with _token_log_probabilities(model) as seen:
             result = SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

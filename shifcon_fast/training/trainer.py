@@ -179,7 +179,9 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         if self.handle is None or not self.args.shift:
             inputs.pop("language_ids", None)
         with nullcontext() if self.handle is None or self.args.shift else self.handle.suspended():
-            loss, outputs, tokens = self._generation_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs, tokens = self._generation_loss(
+                model, inputs, language_ids, return_outputs, num_items_in_batch
+            )
         if tokens is not None and language_ids is not None:
             self._add_language_losses(tokens, language_ids, training=model.training)
         if not model.training:

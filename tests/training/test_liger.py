@@ -77,22 +77,26 @@ def test_ligers_loss_on_an_attached_model_is_the_shifted_one(model: Any, space: 
 
 
 @pytest.mark.usefixtures("_stand_in")
+@pytest.mark.parametrize("chunked", ["auto", "off"])
 def test_the_trainer_gives_generate_its_argument_back_and_says_what_it_does_not_log(
     make_trainer: Callable[..., ShifConTrainer],
     model: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    chunked: str,
 ) -> None:
-    """As on a GPU, but for the kernel."""
+    """As on a GPU, but for the kernel. Liger's loss makes no logits; ours beside it has those of the languages."""
     monkeypatch.setattr("shifcon_fast.training.trainer.check_liger", lambda args, model: None)
     trainer = make_trainer(
         model=model,
         use_liger_kernel=True,
         liger_kernel_config={"rope": False, "swiglu": False, "rms_norm": False},
+        chunked_cross_entropy=chunked,
         max_steps=1,
     )
     trainer.train()
-    assert "No losses by language" in caplog.text
+    assert ("No losses by language" in caplog.text) == (chunked == "off")
+    assert ("loss_generation_en" in trainer.state.log_history[0]) == (chunked == "auto")
     ids = trainer.handle.language_ids(["sw", "en"])
     assert trainer.model.eval().generate(IDS, language_ids=ids, max_new_tokens=2).shape == (2, 7)
 
@@ -156,12 +160,24 @@ def test_what_is_in_the_way_is_said(
     with pytest.raises(ValueError, match="use_liger_kernel: Liger's kernels are Triton's and need a GPU"):
         make_trainer(use_liger_kernel=True)
     on_gpu = SimpleNamespace(
-        use_liger_kernel=True, device=torch.device("cuda"), liger_kernel_config={"rope": False}
+        use_liger_kernel=True,
+        device=torch.device("cuda"),
+        liger_kernel_config={"rope": False},
+        chunked_cross_entropy="off",
     )
     check_liger(on_gpu, SimpleNamespace(config=SimpleNamespace(model_type="llama")))  # type: ignore[arg-type]
     assert on_gpu.liger_kernel_config == {"rms_norm": False, "rope": False}
+    on_gpu.chunked_cross_entropy = "auto"
+    check_liger(on_gpu, SimpleNamespace(config=SimpleNamespace(model_type="llama")))  # type: ignore[arg-type]
+    assert on_gpu.liger_kernel_config["fused_linear_cross_entropy"] is False
     with pytest.raises(ValueError, match="Liger has no kernels for model type 'bloom'"):
         check_liger(on_gpu, SimpleNamespace(config=SimpleNamespace(model_type="bloom")))  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(liger.metadata, "version", lambda name: "0.7.0")
+        with pytest.raises(
+            ImportError, match=r"liger-kernel 0\.7\.0 is too old: wanted 0\.8.*pip install -U"
+        ):
+            make_trainer(use_liger_kernel=True)
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError, match=r"shifcon-fast\[liger\]"):
         make_trainer(use_liger_kernel=True)
