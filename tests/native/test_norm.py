@@ -64,6 +64,30 @@ def float64(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_every_sum_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    """Every upper half of a float32, with lower halves on both sides of a tie and on it; NaN of any payload is NaN."""
+    upper = torch.arange(2**16)[None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])[:, None]
+    sums = (upper | lower).to(torch.int32).view(torch.float32)
+    nothing = torch.full(sums.shape, -0.0, dtype=dtype)  # adding it changes no number
+    h = ops.add_shift_rms_norm(nothing, torch.ones(2**16), None, sums, torch.arange(6), impl="native")[1]
+    expected = sums.to(dtype)
+    assert torch.equal(h.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    bits = BITS[dtype.itemsize]
+    assert torch.equal(h[number].view(bits), expected[number].view(bits))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_weight_of_nan_makes_nan(style: str) -> None:
+    """Also where a carry out of its payload would make a number of it."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x3F800000], dtype=torch.int32)
+    weight = bits.view(torch.float32).repeat(13)
+    y = ops.add_shift_rms_norm(torch.ones(3, 65).bfloat16(), weight, style=style, impl="native")[0]
+    assert torch.equal(y.isnan(), weight.isnan().expand(3, 65))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 3, 15, 17, 31, 33, 63, 65, 127, 129, 65_537])
 def test_every_remainder_of_a_vector(hidden: int, dtype: torch.dtype) -> None:
     for style in STYLES if hidden < 1000 else ["llama"]:

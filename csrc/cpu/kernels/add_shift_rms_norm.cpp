@@ -5,7 +5,8 @@
 // With g = ∂L/∂y · w (or 1 + w):  ∂L/∂h = rstd · (g - x̂ · mean(g · x̂)) + (∂L/∂h from above),
 // ∂L/∂w = Σ_rows ∂L/∂y · x̂ (llama: round(x̂)),  ∂L/∂shift[l] = Σ_{rows of language l} ∂L/∂h.
 //
-// A row is read from memory once: its second pass finds it in the first-level cache.
+// A row is read from memory once: its second pass finds it in the first-level cache. With AVX2 the forward pass is bound
+// by instructions, not by memory, and rounding to bfloat16 is most of them: so NaNs of tables are made tidy beforehand.
 
 #include "add_shift_rms_norm.h"
 
@@ -23,12 +24,12 @@ constexpr int64_t kRowsPerPartialSum = 64;
 
 // h of one row into `h`, and Σ h².
 template <bool kResidual, bool kShift, class T>
-SHIFCON_INLINE float add_row(const T* x, const T* residual, const float* shift, T* h, int64_t width) {
+SHIFCON_INLINE float add_row(const T* x, const T* residual, const Wide<T>* shift, T* h, int64_t width) {
   return sum_over<T>(width, [&](int64_t at, int64_t count) {
     Wide<T> total = load_wide(x + at, count);
     if (kResidual) total = total + load_wide(residual + at, count);
-    if (kShift) total = total + load_wide_as<T>(shift + at, count);
-    total = store_rounded(h + at, total, count);
+    if (kShift) total = total + arranged(shift, at);
+    total = store_rounded(h + at, total, count, NaNs::tidy);
     return total * total;
   });
 }
@@ -66,8 +67,8 @@ SHIFCON_INLINE void normalise_row(const T* h, T* out, const Factor& factor, floa
   for_each_wide(width, [&](int64_t at, int64_t count) {
     prefetch(at, next_x, next_residual);
     Wide<T> normalised = load_wide(h + at, count) * scale;
-    if (kLlama) normalised = rounded(normalised);
-    store_result<kPastCache>(y + at, normalised * factor(at, count), count);
+    if (kLlama) normalised = rounded(normalised, NaNs::tidy);
+    store_result<kPastCache>(y + at, normalised * factor(at, count), count, NaNs::tidy);
     if (kPastCache && out) copy_past_cache(out + at, h + at, count);
   });
 }
@@ -87,7 +88,7 @@ class FactorRow {
     }
     arrange(from, weight.width, row_.get());
   }
-  Wide<T> operator()(int64_t at, int64_t) const { return row_.get()[at / kWide]; }
+  Wide<T> operator()(int64_t at, int64_t) const { return arranged(row_.get(), at); }
 
  private:
   const Scratch<Wide<T>> row_;
@@ -104,10 +105,28 @@ SHIFCON_INLINE void with_factor(const Rows& weight, Dtype dtype, Style style, Fu
   f(FactorRow<T>(weight, style));
 }
 
+// The shift of one language; rows of a language follow each other.
+template <class T>
+class ShiftRow {
+ public:
+  explicit ShiftRow(const Rows& shift) : shift_(shift), row_(shift.data ? wides_of(shift.width) : 0), scratch_(shift.width) {}
+  const Wide<T>* operator()(int64_t language) {
+    if (language != language_) arrange(float_row(shift_, language, scratch_.get()), shift_.width, row_.get());
+    language_ = language;
+    return row_.get();
+  }
+
+ private:
+  const Rows& shift_;
+  const Scratch<Wide<T>> row_;
+  const Scratch<float> scratch_;
+  int64_t language_ = -1;
+};
+
 template <bool kPastCache, class T, class Factor>
 SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor& factor, int64_t begin, int64_t end) {
   const int64_t width = p.x.width;
-  const Scratch<float> shift_scratch(p.shift.dtype == Dtype::float32 ? room_for_copy(p.shift) : width);
+  ShiftRow<T> shift_row(p.shift);
   const Scratch<T> x_scratch(room_for_copy(p.x)), residual_scratch(room_for_copy(p.residual));
   const Scratch<T> h_scratch(kPastCache && p.h ? width : 0);
   for (int64_t row = begin; row < end; ++row) {
@@ -121,7 +140,7 @@ SHIFCON_FLAT void forward_rows(const NormForward& p, const Factor& factor, int64
       T* row_h = kPastCache ? h_scratch.get() : out;
       const T* residual = p.residual.data ? contiguous_row(p.residual, row, residual_scratch.get()) : nullptr;
       const int64_t id = p.shift.data ? id_of_row(p.index, row) : -1;
-      const float* shift = id >= 0 ? float_row(p.shift, id, shift_scratch.get()) : nullptr;
+      const Wide<T>* shift = id >= 0 ? shift_row(id) : nullptr;
       if (residual && shift) squares = add_row<true, true>(x, residual, shift, row_h, width);
       else if (residual) squares = add_row<true, false>(x, residual, shift, row_h, width);
       else if (shift) squares = add_row<false, true>(x, residual, shift, row_h, width);

@@ -20,13 +20,17 @@ namespace shifcon {
 namespace SHIFCON_LEVEL {
 namespace {
 
-// Tiles as large as the registers allow: AVX-512 has 32, the others 16.
+// Tiles as large as the registers allow: AVX-512 has 32, the others 16. Those of A B are as wide as whole cache lines of
+// 16-bit numbers where that is possible; rows_of_tile(v): the rows of one that is v vectors wide.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4, kDotRows = 4, kDotColumns = 4;
+constexpr int kTileVectors = 4, kDotRows = 4, kDotColumns = 4;
+constexpr int rows_of_tile(int vectors) { return vectors == 4 ? 6 : 8; }
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTileVectors = 2, kDotRows = 4, kDotColumns = 3;
+constexpr int kTileVectors = 4, kDotRows = 4, kDotColumns = 3;
+constexpr int rows_of_tile(int vectors) { return vectors == 4 ? 3 : vectors == 2 ? 6 : 8; }
 #else
-constexpr int kTileRows = 4, kTileVectors = 2, kDotRows = 4, kDotColumns = 2;
+constexpr int kTileVectors = 2, kDotRows = 4, kDotColumns = 2;
+constexpr int rows_of_tile(int) { return 4; }
 #endif
 constexpr int64_t kDepthBlock = 1024;
 
@@ -191,6 +195,7 @@ SHIFCON_INLINE void multiply_tile(const Number* a, int64_t a_row, int64_t a_dept
 template <int kVectors, class Number, class Finish, class Start>
 SHIFCON_INLINE void multiply_strip(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
                                    int64_t rows, int64_t depth, int64_t column, Finish&& finish, Start&& start) {
+  constexpr int kTileRows = rows_of_tile(kVectors);
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows)
     multiply_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_stride, depth, i, column, finish, start);
@@ -205,7 +210,7 @@ struct Nothing {
 };
 
 // finish(row, column, vectors) for all of A B: as many vectors of a row, from `column` on, as a tile has (an array of
-// kTileVectors, or at the end of a row of one); start(row, column) before their sums are formed.
+// kTileVectors, and at the end of a row of two and of one); start(row, column) before their sums are formed.
 // A(i, k) = a[i · a_row + k · a_depth]: a panel, or a transposed one; B (depth × columns) is a panel.
 template <class Number, class Finish, class Start = Nothing>
 SHIFCON_INLINE void multiply(const Number* a, int64_t a_row, int64_t a_depth, const Number* b, int64_t b_stride,
@@ -214,6 +219,10 @@ SHIFCON_INLINE void multiply(const Number* a, int64_t a_row, int64_t a_depth, co
   int64_t column = 0;
   for (; column + kStrip <= columns; column += kStrip)
     multiply_strip<kTileVectors>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish, start);
+  if constexpr (kTileVectors > 2) {
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+      multiply_strip<2>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish, start);
+  }
   for (; column < columns; column += kLanes)
     multiply_strip<1>(a, a_row, a_depth, b + column, b_stride, rows, depth, column, finish, start);
 }

@@ -309,14 +309,13 @@ SHIFCON_INLINE void multiply_by_basis(const Projection& p, const Panel& panel, c
 }
 
 // The transpose of rows [row, row + count) of V_t, so that the two vectors of numbers which a product has for kWide
-// columns are a Wide<T>. Columns for which multiply has no whole tile stay in order.
+// columns are a Wide<T>. A last vector of columns, which has no second, stays in order.
 template <class Number, class T>
 SHIFCON_INLINE void pack_as_wides(const Basis& basis, int64_t language, int64_t row, int64_t count, Number* to,
                                   int64_t stride) {
-  constexpr int64_t kStrip = kTileVectors * kLanes;
   int64_t at = 0;
   if constexpr (kEvenOdd<T>) {
-    for (; at < count / kStrip * kStrip; at += kLanes) {
+    for (; at < count / kWide * kWide; at += kLanes) {
       const int64_t first = at / kWide * kWide + (at / kLanes) % 2;
       const Matrix m = transposed(rows_of(basis, language, row + first, 1));
       pack(Matrix{m.data, m.dtype, m.depth, kLanes, m.depth_stride, 2 * m.column_stride}, to + at, stride);
@@ -351,12 +350,15 @@ SHIFCON_INLINE void project_panel(const Projection& p, const Panel& panel) {
     pack_as_wides<Number, T>(p.basis, panel.language, column, count, w.transposed, kStride);
     multiply(coefficients, stride, 1, w.transposed, kStride, rows, count, (rank + kTerms<Number> - 1) / kTerms<Number>,
              [&](int64_t row, int64_t at, const auto& v) {
+               constexpr int kVectors = kCountOf<decltype(v)>;
                T* to = out + order[row] * width + column + at;
-               if constexpr (kCountOf<decltype(v)> == kTileVectors) {
+               if constexpr (kVectors % 2 == 0) {
+                 // Past the cache only whole lines: the rest of one would follow after all other rows.
+                 constexpr bool kLines = kVectors * kLanes * sizeof(T) % 64 == 0;
 #pragma GCC unroll 4
-                 for (int j = 0; j < kTileVectors; j += 2) {
-                   const Wide<T> result = Wide<T>{{v[j], v[j + 1]}} + wide_mean[at / kWide + j / 2];
-                   if (p.past_cache) store_result<true>(to + j * kLanes, result, kWide);
+                 for (int j = 0; j < kVectors; j += 2) {
+                   const Wide<T> result = Wide<T>{{v[j], v[j + 1]}} + arranged(wide_mean, at + j * kLanes);
+                   if (kLines && p.past_cache) store_result<true>(to + j * kLanes, result, kWide);
                    else store_wide(to + j * kLanes, result);
                  }
                } else {

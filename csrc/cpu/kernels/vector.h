@@ -81,11 +81,16 @@ SHIFCON_INLINE HalfWords narrowed(Words words) {
   return __builtin_convertvector(words, HalfWords);
 #endif
 }
+// Which NaNs there may be among numbers to be rounded. Tidy ones have a lower half of zeros, as all have that came from
+// 16 bits or from arithmetic with such: rounding cannot carry them away, and need not look for them.
+enum class NaNs { any, tidy };
+
 // The number is in the upper half of its word; what is below means nothing. A NaN is cut off: what arithmetic makes is
 // quiet and stays one, and so does what came from 16 bits.
-SHIFCON_INLINE Words nearest_bfloat16(Vector v) {
+SHIFCON_INLINE Words nearest_bfloat16(Vector v, NaNs nans = NaNs::any) {
   const Words bits = as_words(v);
   const Words bias = ((bits >> 16) & 1u) + 0x7fffu;
+  if (nans == NaNs::tidy) return bits + bias;
 #if defined(__AVX512F__)
   const __m512i from = reinterpret_cast<__m512i>(bits);
   const __mmask16 is_number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
@@ -93,6 +98,11 @@ SHIFCON_INLINE Words nearest_bfloat16(Vector v) {
 #else
   return bits + (bias & reinterpret_cast<Words>(v == v));
 #endif
+}
+// v with tidy NaNs.
+SHIFCON_INLINE Vector tidy(Vector v) {
+  const Words number = reinterpret_cast<Words>(v == v);
+  return as_vector((as_words(v) & number) | (~number & 0x7fc00000u));
 }
 SHIFCON_INLINE Vector load(const BFloat16* from) {
   HalfWords half;

@@ -38,12 +38,16 @@ constexpr uint32_t kUpperHalf = 0xffff0000u;
 
 // --- from memory
 
+// The two numbers of every word.
+SHIFCON_INLINE Wide<BFloat16> widened_words(Words words) {
+  return {{as_vector(words << 16), as_vector(words & kUpperHalf)}};
+}
 SHIFCON_INLINE Wide<float> load_wide(const float* from) { return {{load(from), load(from + kLanes)}}; }
 SHIFCON_INLINE Wide<Float16> load_wide(const Float16* from) { return {{load(from), load(from + kLanes)}}; }
 SHIFCON_INLINE Wide<BFloat16> load_wide(const BFloat16* from) {
   Words words;
   __builtin_memcpy(&words, from, sizeof words);
-  return {{as_vector(words << 16), as_vector(words & kUpperHalf)}};
+  return widened_words(words);
 }
 
 // Lanes of a, then of b, counted through: every second one from kFirst on.
@@ -104,42 +108,80 @@ SHIFCON_INLINE Wide<T> load_wide_as(const From* from, int64_t count) {
 template <class T>
 SHIFCON_INLINE Wide<T> load_wide(const T* from, int64_t count) { return load_wide_as<T>(from, count); }
 
-// A row of float32 numbers as Wides of T, the last one filled up with zeros; for a row that meets many others; `to` has room for wides_of(width).
+// A row of float32 numbers as Wides of T, for a row that meets many others: its NaNs tidy, the last Wide filled up with
+// zeros. `to` has room for wides_of(width).
 constexpr int64_t wides_of(int64_t width) { return (width + kWide - 1) / kWide; }
 template <class T>
 SHIFCON_INLINE void arrange(const float* row, int64_t width, Wide<T>* to) {
-  for (int64_t at = 0; at < width; at += kWide)
-    *to++ = load_wide_as<T>(row + at, width - at < kWide ? width - at : kWide);
+  for (int64_t at = 0; at < width; at += kWide) {
+    const Wide<T> w = load_wide_as<T>(row + at, width - at < kWide ? width - at : kWide);
+    *to++ = {{tidy(w.v[0]), tidy(w.v[1])}};
+  }
+}
+// The Wide of such a row at a position. Vector by vector: GCC copies a struct of two in quarters, through the stack, and
+// reading them back together waits for all four.
+template <class T>
+SHIFCON_INLINE Wide<T> arranged(const Wide<T>* row, int64_t at) {
+  const float* from = reinterpret_cast<const float*>(row) + at;
+  return {{load(from), load(from + kLanes)}};
 }
 
 // --- to memory
 
-SHIFCON_INLINE void store_wide(float* to, Wide<float> w) {
+SHIFCON_INLINE void store_wide(float* to, Wide<float> w, NaNs = NaNs::any) {
   store(to, w.v[0]);
   store(to + kLanes, w.v[1]);
 }
-SHIFCON_INLINE void store_wide(Float16* to, Wide<Float16> w) {
+SHIFCON_INLINE void store_wide(Float16* to, Wide<Float16> w, NaNs = NaNs::any) {
   store(to, w.v[0]);
   store(to + kLanes, w.v[1]);
 }
 // Both halves of every word, from words whose upper halves hold a number.
 SHIFCON_INLINE Words joined(Words even, Words odd) { return (even >> 16) | (odd & kUpperHalf); }
-SHIFCON_INLINE void store_wide(BFloat16* to, Wide<BFloat16> w) {
-  const Words words = joined(nearest_bfloat16(w.v[0]), nearest_bfloat16(w.v[1]));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kRoundsTogether = true;
+// Both numbers of every word rounded to nearest even at once, in 16-bit lanes; NaNs are tidy. A number goes up where what
+// is cut off is more than half, or half and the number odd: where that, less one if it is even, has the highest bit.
+SHIFCON_INLINE Words rounded_together(Wide<BFloat16> w) {
+  constexpr int kUpper = 0xaa;  // lanes of upper halves
+  const __m256i even = reinterpret_cast<__m256i>(w.v[0]), odd = reinterpret_cast<__m256i>(w.v[1]);
+  const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, kUpper);
+  const __m256i cut = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), kUpper);
+  const __m256i one_if_even = _mm256_andnot_si256(kept, _mm256_set1_epi16(1));
+  const __m256i up = _mm256_srli_epi16(_mm256_subs_epu16(cut, one_if_even), 15);
+  return reinterpret_cast<Words>(_mm256_add_epi16(kept, up));
+}
+#else  // the others round one vector in fewer instructions, or have no such lanes
+constexpr bool kRoundsTogether = false;
+SHIFCON_INLINE Words rounded_together(Wide<BFloat16> w) {
+  return joined(nearest_bfloat16(w.v[0], NaNs::tidy), nearest_bfloat16(w.v[1], NaNs::tidy));
+}
+#endif
+SHIFCON_INLINE Words rounded_words(Wide<BFloat16> w, NaNs nans) {
+  if (kRoundsTogether && nans == NaNs::tidy) return rounded_together(w);
+  return joined(nearest_bfloat16(w.v[0], nans), nearest_bfloat16(w.v[1], nans));
+}
+SHIFCON_INLINE void store_wide(BFloat16* to, Wide<BFloat16> w, NaNs nans = NaNs::any) {
+  const Words words = rounded_words(w, nans);
   __builtin_memcpy(to, &words, sizeof words);
 }
 
 // Stores w and returns what reads back.
-SHIFCON_INLINE Wide<float> store_rounded(float* to, Wide<float> w) {
+SHIFCON_INLINE Wide<float> store_rounded(float* to, Wide<float> w, NaNs = NaNs::any) {
   store_wide(to, w);
   return w;
 }
-SHIFCON_INLINE Wide<Float16> store_rounded(Float16* to, Wide<Float16> w) {
+SHIFCON_INLINE Wide<Float16> store_rounded(Float16* to, Wide<Float16> w, NaNs = NaNs::any) {
   store_wide(to, w);
   return load_wide(to);
 }
-SHIFCON_INLINE Wide<BFloat16> store_rounded(BFloat16* to, Wide<BFloat16> w) {
-  const Words even = nearest_bfloat16(w.v[0]), odd = nearest_bfloat16(w.v[1]);
+SHIFCON_INLINE Wide<BFloat16> store_rounded(BFloat16* to, Wide<BFloat16> w, NaNs nans = NaNs::any) {
+  if (kRoundsTogether && nans == NaNs::tidy) {
+    const Words words = rounded_together(w);
+    __builtin_memcpy(to, &words, sizeof words);
+    return widened_words(words);
+  }
+  const Words even = nearest_bfloat16(w.v[0], nans), odd = nearest_bfloat16(w.v[1], nans);
   const Words words = joined(even, odd);
   __builtin_memcpy(to, &words, sizeof words);
   return {{as_vector(even & kUpperHalf), as_vector(odd & kUpperHalf)}};
@@ -147,9 +189,11 @@ SHIFCON_INLINE Wide<BFloat16> store_rounded(BFloat16* to, Wide<BFloat16> w) {
 
 // w as it reads back after a store in T.
 template <class T>
-SHIFCON_INLINE Wide<T> rounded(Wide<T> w) {
+SHIFCON_INLINE Wide<T> rounded(Wide<T> w, NaNs nans = NaNs::any) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    return {{as_vector(nearest_bfloat16(w.v[0]) & kUpperHalf), as_vector(nearest_bfloat16(w.v[1]) & kUpperHalf)}};
+    if (kRoundsTogether && nans == NaNs::tidy) return widened_words(rounded_together(w));
+    return {{as_vector(nearest_bfloat16(w.v[0], nans) & kUpperHalf),
+             as_vector(nearest_bfloat16(w.v[1], nans) & kUpperHalf)}};
   } else {
     T numbers[kWide];
     return store_rounded(numbers, w);
@@ -157,17 +201,17 @@ SHIFCON_INLINE Wide<T> rounded(Wide<T> w) {
 }
 
 template <class T>
-SHIFCON_INLINE void store_wide(T* to, Wide<T> w, int64_t count) {
-  if (count == kWide) return store_wide(to, w);
+SHIFCON_INLINE void store_wide(T* to, Wide<T> w, int64_t count, NaNs nans = NaNs::any) {
+  if (count == kWide) return store_wide(to, w, nans);
   T numbers[kWide];
-  store_wide(numbers, w);
+  store_wide(numbers, w, nans);
   for (int64_t i = 0; i < count; ++i) to[i] = numbers[i];
 }
 template <class T>
-SHIFCON_INLINE Wide<T> store_rounded(T* to, Wide<T> w, int64_t count) {
-  if (count == kWide) return store_rounded(to, w);
+SHIFCON_INLINE Wide<T> store_rounded(T* to, Wide<T> w, int64_t count, NaNs nans = NaNs::any) {
+  if (count == kWide) return store_rounded(to, w, nans);
   T numbers[kWide];
-  const Wide<T> result = store_rounded(numbers, w);
+  const Wide<T> result = store_rounded(numbers, w, nans);
   for (int64_t i = 0; i < count; ++i) to[i] = numbers[i];
   return result;
 }
@@ -219,10 +263,10 @@ SHIFCON_INLINE void stream_wide(T* to, const T* from) {
 
 // `count` numbers of a result, into the cache or past it.
 template <bool kPastCache, class T>
-SHIFCON_INLINE void store_result(T* to, Wide<T> w, int64_t count) {
-  if (!kPastCache || count < kWide) return store_wide(to, w, count);
+SHIFCON_INLINE void store_result(T* to, Wide<T> w, int64_t count, NaNs nans = NaNs::any) {
+  if (!kPastCache || count < kWide) return store_wide(to, w, count, nans);
   T numbers[kWide];
-  store_wide(numbers, w);
+  store_wide(numbers, w, nans);
   stream_wide(to, numbers);
 }
 // `count` numbers as they are.
