@@ -65,7 +65,7 @@ def float64(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_sum_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
-    """Every upper half of a float32, with lower halves on both sides of a tie and on it; NaN of any payload is NaN."""
+    """Every upper half of a float32, lower halves on both sides of a tie and on it; any NaN stays one."""
     upper = torch.arange(2**16)[None] << 16
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])[:, None]
     sums = (upper | lower).to(torch.int32).view(torch.float32)
