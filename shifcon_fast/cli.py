@@ -452,6 +452,34 @@ def report(
 
 
 @app.command()
+def compare(
+    evaluations: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of `shifcon evaluate` on the same questions, as NAME=FOLDER or FOLDER. The same NAME "
+            "again is another seed of that system."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder for report.html and systems.json.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="What the others are measured against. Default: the first."),
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option("--before", help="The untrained one: shown, not measured against the baseline."),
+    ] = None,
+) -> None:
+    """Put any number of systems side by side on one page, with intervals over seeds and questions.
+
+    shifcon compare plain=plain-1 plain=plain-2 ours=shifcon-1 ours=shifcon-2 --output compared/
+    """
+    from shifcon_fast.workflow.compare_runs import compare_runs
+
+    typer.echo(compare_runs(evaluations, output, baseline=baseline, before=before))
+
+
+@app.command()
 def demo(
     output: options.Output = Path("demo-output"),
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds a system.")] = 3,

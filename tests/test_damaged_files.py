@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 
 import shifcon_fast as sf
 from shifcon_fast.data.questions import Question
-from shifcon_fast.evaluation.comparison import ItemOutcome, PairedComparison, SystemComparison, compare
+from shifcon_fast.evaluation.comparison import PairedComparison, compare
 from shifcon_fast.evaluation.evaluate import evaluate
 from shifcon_fast.evaluation.report import _read as read_folder
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.evaluation.system_comparison import ItemOutcome, SystemComparison
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_space import LanguageSpace

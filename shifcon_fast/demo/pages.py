@@ -6,7 +6,6 @@ from pathlib import Path
 
 from shifcon_fast.demo.words import LANGUAGES
 from shifcon_fast.demo.world import World
-from shifcon_fast.evaluation.comparison import SystemComparison
 from shifcon_fast.evaluation.page import Section, Table, Text
 from shifcon_fast.evaluation.report import write_report
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -16,6 +15,7 @@ from shifcon_fast.evaluation.sections import (
     retrieval_section,
     settings_section,
 )
+from shifcon_fast.evaluation.system_comparison import SystemComparison
 from shifcon_fast.space.area import Area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json

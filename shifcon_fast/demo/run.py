@@ -26,10 +26,10 @@ from shifcon_fast.demo.stages import (
     train_and_evaluate,
 )
 from shifcon_fast.demo.world import World, build_world, write_world
-from shifcon_fast.evaluation.comparison import ItemOutcome, SystemComparison
-from shifcon_fast.evaluation.findings import comparison_findings
 from shifcon_fast.evaluation.report import TrainingLog
 from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.evaluation.system_comparison import ItemOutcome, SystemComparison
+from shifcon_fast.evaluation.systems_table import systems_table
 from shifcon_fast.storage import read_json, write_json
 from shifcon_fast.training.run_folder import LOG
 
@@ -133,7 +133,7 @@ class _Demo:
                 before=EvaluationResult.load(self._output / BEFORE),
                 after=EvaluationResult.load(place.run_folder(runs[-1][0], 1)),
             )
-        return "\n".join([*comparison_findings(comparison), "", f"report: {report}"])
+        return "\n".join([systems_table(comparison), "", f"report: {report}"])
 
     def _train(self, side_by_side: SideBySide, place: Place, runs: Sequence[tuple[str, int]]) -> None:
         """What is left to do of the trainings and evaluations."""
@@ -174,7 +174,8 @@ class _Demo:
                 seed: read_json(folder / LOG, "a training log", TrainingLog)["steps"]
                 for seed, folder in folders.items()
             }
-        return SystemComparison(before.pivot, BASELINE, outcomes, before=BEFORE, logs=logs)
+        headline = _GROUPS["english_only"]
+        return SystemComparison(before.pivot, BASELINE, outcomes, before=BEFORE, logs=logs, headline=headline)
 
     def _outcomes(self, result: EvaluationResult) -> dict[str, list[ItemOutcome]]:
         return {

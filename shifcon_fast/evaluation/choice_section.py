@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from shifcon_fast.evaluation import plots
+from shifcon_fast.evaluation.cells import difference_cell, share_cell
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences, choice_groups
 from shifcon_fast.evaluation.comparison import PairedComparison
 from shifcon_fast.evaluation.page import Block, Cell, Picture, Section, Table
 from shifcon_fast.evaluation.result import EvaluationResult
-from shifcon_fast.evaluation.sections import difference_cell, share_cell, system_names
+from shifcon_fast.evaluation.sections import system_names
 
 
 def choice_section(

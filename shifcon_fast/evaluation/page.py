@@ -1,4 +1,4 @@
-"""One self-contained HTML page: text, key figures, pictures and tables, for any screen, paper and the dark.
+"""One self-contained HTML page: text, pictures and tables, for any screen, paper and the dark.
 
 The page loads nothing and runs no script: pictures are inside it, in a light and a dark version of which the
 browser takes the one that its reader prefers. All text is escaped.
@@ -38,29 +38,10 @@ class Table:
 
 
 @dataclass(frozen=True)
-class KeyFigure:
-    """One number to see first."""
-
-    value: str
-    label: str
-    note: str = ""
-    tone: Tone = ""
-
-
-@dataclass(frozen=True)
-class KeyFigures:
-    """Key figures side by side."""
-
-    figures: Sequence[KeyFigure]
-    kind: Literal["figures"] = "figures"
-
-
-@dataclass(frozen=True)
 class Text:
-    """Paragraphs; as a list where each is a point of its own."""
+    """Paragraphs."""
 
     paragraphs: Sequence[str]
-    as_list: bool = False
     kind: Literal["text"] = "text"
 
 
@@ -83,7 +64,7 @@ class Picture:
         return Picture(light, dark, alt, caption)
 
 
-Block = Text | KeyFigures | Picture | Table
+Block = Text | Picture | Table
 
 
 @dataclass(frozen=True)

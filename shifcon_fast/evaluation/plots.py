@@ -278,6 +278,43 @@ def difference_plot(
     return to_bytes(figure, file_format)
 
 
+def forest_plot(
+    differences: Mapping[str, Mapping[str, Interval]],
+    *,
+    xlabel: str,
+    theme: Theme = LIGHT,
+    file_format: Format = "svg",
+) -> bytes:
+    """One row a system: its differences to the baseline with their intervals, and a line at zero.
+
+    Args:
+        differences: what was measured (the weak languages, the pivot) → system → interval (−1 … 1).
+    """
+    systems = list(dict.fromkeys(name for found in differences.values() for name in found))
+    figure, (axes,) = new_figure(theme, 1, height=1.3 + 0.42 * len(systems))
+    looks = _looks(list(differences), theme)
+    axes.axvline(0, color=theme.ink, linewidth=1.1)
+    for place, (name, found) in enumerate(differences.items()):
+        colour, marker = looks[name]
+        y = [
+            row + (place - (len(differences) - 1) / 2) * 0.26
+            for row, system in enumerate(systems)
+            if system in found
+        ]
+        x = [100 * each.estimate for each in found.values()]
+        error = [
+            [100 * (each.estimate - each.low) for each in found.values()],
+            [100 * (each.high - each.estimate) for each in found.values()],
+        ]
+        axes.errorbar(x, y, xerr=error, fmt=marker, color=colour, markersize=6, elinewidth=1.8, capsize=0)
+    axes.set_yticks(range(len(systems)), systems)
+    axes.set_ylim(len(systems) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(xlabel)
+    add_legend(figure, _mark_handles(looks), theme)
+    return to_bytes(figure, file_format)
+
+
 def _marks(
     axes: Axes,
     looks: Looks,

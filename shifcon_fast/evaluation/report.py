@@ -12,9 +12,8 @@ from typing_extensions import TypedDict
 
 from shifcon_fast.evaluation.choice_section import choice_section
 from shifcon_fast.evaluation.comparison import FILE_NAME as COMPARISON
-from shifcon_fast.evaluation.comparison import LoggedStep, PairedComparison
-from shifcon_fast.evaluation.findings import result_findings
-from shifcon_fast.evaluation.page import Section, Text, render_page
+from shifcon_fast.evaluation.comparison import PairedComparison
+from shifcon_fast.evaluation.page import Section, render_page
 from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sections import (
     accuracy_section,
@@ -25,6 +24,7 @@ from shifcon_fast.evaluation.sections import (
     training_section,
 )
 from shifcon_fast.evaluation.sweep_section import sweep_section
+from shifcon_fast.evaluation.system_comparison import LoggedStep
 from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import FILE_NAME as SWEEP
@@ -72,7 +72,6 @@ def report_folder(folder: str | Path, output: str | Path | None = None) -> Path:
         raise ValueError(f"{folder}: no such folder; wanted that of a run, an evaluation or a profile")
     held = _read(folder)
     sections = [
-        _summary(held),
         _area(held),
         _sweep(held),
         _training(held),
@@ -143,12 +142,6 @@ def _read(folder: Path) -> _Held:
             "evaluation, a profile or a sweep"
         )
     return _Held(space, area, card, log, result, other, against, sweep)
-
-
-def _summary(held: _Held) -> Section:
-    if held.result is None:
-        return Section("Summary")
-    return Section("Summary", [Text(result_findings(held.result, held.against), as_list=True)])
 
 
 def _area(held: _Held) -> Section:

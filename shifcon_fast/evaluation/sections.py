@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from shifcon_fast.evaluation import plots
-from shifcon_fast.evaluation.bootstrap import Interval
-from shifcon_fast.evaluation.comparison import PairedComparison, SystemComparison
-from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
+from shifcon_fast.evaluation.cells import difference_cell, ratio_cell, share_cell
+from shifcon_fast.evaluation.comparison import PairedComparison
 from shifcon_fast.evaluation.page import (
     Block,
     Cell,
-    KeyFigure,
-    KeyFigures,
     Picture,
     Section,
     Table,
     Text,
-    Tone,
 )
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import Retrieval
+from shifcon_fast.evaluation.system_comparison import SystemComparison
 from shifcon_fast.space.area import Area
 from shifcon_fast.space.language_space import LanguageSpace
 
-_TONES: dict[str, Tone] = {"gain": "gain", "loss": "loss", "within noise": "noise"}
 _INTERVALS = "95 % intervals in brackets."
 _SEED_INTERVALS = (
     "95 % intervals in brackets, over training seeds and questions "
@@ -37,12 +32,7 @@ _SEED_INTERVALS = (
 
 def comparison_sections(comparison: SystemComparison) -> list[Section]:
     """Summary, differences, accuracy and training curves of several systems."""
-    sections = [
-        Section(
-            "Summary",
-            [_key_figures(comparison), Text(comparison_findings(comparison), as_list=True)],
-        )
-    ]
+    sections = [_summary(comparison)]
     if comparison.contenders:
         sections.append(_differences(comparison))
     sections.append(_accuracies(comparison))
@@ -160,7 +150,7 @@ def retrieval_section(result: EvaluationResult, other: EvaluationResult | None =
             [
                 f"Of {found.sentences} sentences, the share whose translation is nearer (cosine of mean hidden "
                 f"states) than every other sentence; chance is {100 / found.sentences:.1f} %. MEXA asks it of both "
-                "directions at once."
+                f"directions at once; its mean over boundaries and languages: {_mean_mexa(result)}."
             ]
         )
     ]
@@ -207,7 +197,7 @@ def perplexity_section(result: EvaluationResult, against: PairedComparison | Non
         row: list[Cell | str] = [code]
         row += [f"{languages[code].value:,.2f}" for languages in result.perplexity.values()]
         if compared:
-            row.append(_change(compared[code]) if code in compared else "–")
+            row.append(ratio_cell(compared[code]) if code in compared else "–")
         rows.append(row)
     caption = (
         "Whole sentences, every token weighs the same. Compare models on one language; across languages the "
@@ -226,30 +216,53 @@ def settings_section(groups: Mapping[str, Mapping[str, Any]]) -> Section:
     return Section("Settings and versions", blocks)
 
 
-def _key_figures(comparison: SystemComparison) -> KeyFigures:
-    group = comparison.groups[0] if len(comparison.groups) > 1 else None
-    note = f"on what was {group}" if group else ""
-    others, pivot = comparison.others, [comparison.pivot]
-    figures = []
-    for system in [name for name in (comparison.before, comparison.baseline) if name]:
-        share = comparison.share(system, others, group)
-        figures.append(
-            KeyFigure(
-                f"{100 * share.estimate:.1f} %", f"{', '.join(others)}: {system}", note or percent(share)
+def _summary(comparison: SystemComparison) -> Section:
+    """Each system against the baseline: the mean of the weak languages, and what it costs the pivot."""
+    group, others, pivot = comparison.headline, comparison.others, comparison.pivot
+    name = f"mean of {', '.join(others)}" if len(others) > 1 else others[0]
+    blocks: list[Block] = []
+    if comparison.contenders:
+        differences = {
+            label: {
+                system: comparison.difference(system, comparison.baseline, languages, group)
+                for system in comparison.contenders
+            }
+            for label, languages in ((name, others), (f"pivot {pivot}", [pivot]))
+        }
+        blocks.append(
+            Picture.draw(
+                plots.forest_plot,
+                differences,
+                xlabel=f"points, against {comparison.baseline}" + (f"; {group}" if group else ""),
+                alt=f"Difference of each system to {comparison.baseline}, with intervals.",
             )
         )
-    for system in comparison.contenders[-1:]:
-        for languages, name in ((others, "other languages"), (pivot, f"pivot {comparison.pivot}")):
-            change = comparison.difference(system, comparison.baseline, languages, group)
-            figures.append(
-                KeyFigure(
-                    points(change).partition(" points")[0],
-                    f"points, {name}: {system} against {comparison.baseline}",
-                    f"{points(change).partition(' points ')[2]}, {verdict(change)}",
-                    _TONES[verdict(change)],
-                )
+    rows: list[list[Cell | str]] = []
+    for system in comparison.systems:
+        row: list[Cell | str] = [system]
+        row += [share_cell(comparison.share(system, languages, group)) for languages in (others, [pivot])]
+        for languages in (others, [pivot]) if comparison.contenders else ():
+            compared = system in comparison.contenders
+            change = (
+                comparison.difference(system, comparison.baseline, languages, group) if compared else None
             )
-    return KeyFigures(figures)
+            row.append("–" if change is None else difference_cell(change))
+        if comparison.perplexity:
+            compared = system != comparison.baseline
+            ratio = comparison.log_perplexity(system, comparison.baseline, others) if compared else None
+            row.append("–" if ratio is None else ratio_cell(ratio))
+        row.append(str(len(comparison.outcomes[system])))
+        rows.append(row)
+    header = ["system", name, pivot]
+    header += [f"points: {name}", f"points: {pivot}"] if comparison.contenders else []
+    header += [f"perplexity: {name}"] if comparison.perplexity else []
+    count = len(comparison.contenders) * len(comparison.languages)
+    caption = (
+        f"Right answers{f', {group}' if group else ''}, and against {comparison.baseline}. {_SEED_INTERVALS} One "
+        f"seed says nothing about another training run. Of {count} comparisons by language, about one in twenty "
+        "leaves zero out by chance alone."
+    )
+    return Section("Summary", [*blocks, Table([*header, "seeds"], rows, caption)])
 
 
 def _differences(comparison: SystemComparison) -> Section:
@@ -344,6 +357,14 @@ def system_names(result: EvaluationResult, other: EvaluationResult | None) -> tu
     return names if names[0] != names[1] and all(names) else ("compared with", "evaluated model")
 
 
+def _mean_mexa(result: EvaluationResult) -> str:
+    means = {}
+    for mode, found in result.retrieval.items():
+        values = [value for scores in found.scores.values() for value in scores.mexa]
+        means[mode] = sum(values) / len(values) if values else float("nan")
+    return ", ".join(f"{100 * value:.1f} % {mode}" for mode, value in means.items())
+
+
 def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Picture:
     after: Retrieval = result.retrieval[result.mode]
     before: Retrieval | None = None
@@ -365,27 +386,6 @@ def _matrices(result: EvaluationResult, other: EvaluationResult | None) -> Pictu
         alt="Top-1 retrieval between all pairs of languages.",
         caption=f"Top-1 retrieval between all pairs of languages at boundary {after.matrix_boundary}, in percent.",
     )
-
-
-def share_cell(interval: Interval) -> Cell:
-    """``48.1 %``, with its interval."""
-    return Cell(f"{100 * interval.estimate:.1f} %", f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
-
-
-def difference_cell(interval: Interval) -> Cell:
-    """``+2.3``, with its interval, toned by what it means."""
-    estimate, _, rest = points(interval).partition(" points ")
-    return Cell(estimate, rest, _TONES[verdict(interval)])
-
-
-def _change(log_ratio: Interval) -> Cell:
-    """A ratio of perplexities in percent; below zero is a gain."""
-    estimate, low, high = (
-        f"{100 * math.expm1(value):+.1f}".replace("-", "−")
-        for value in (log_ratio.estimate, log_ratio.low, log_ratio.high)
-    )
-    meant = verdict(Interval(-log_ratio.estimate, -log_ratio.high, -log_ratio.low))
-    return Cell(f"{estimate} %", f"[{low}, {high}]", _TONES[meant])
 
 
 def _sentence(text: str) -> str:

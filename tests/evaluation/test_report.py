@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,13 +10,15 @@ import pytest
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.across_seeds import paired_seeds_interval, seeds_interval
 from shifcon_fast.evaluation.bootstrap import Interval
+from shifcon_fast.evaluation.cells import percent, points, verdict
 from shifcon_fast.evaluation.choice_scores import choice_accuracy
-from shifcon_fast.evaluation.comparison import ItemOutcome, PairedComparison, SystemComparison, compare
+from shifcon_fast.evaluation.comparison import PairedComparison, compare
 from shifcon_fast.evaluation.evaluate import evaluate
-from shifcon_fast.evaluation.findings import comparison_findings, percent, points, verdict
-from shifcon_fast.evaluation.page import Cell, KeyFigure, KeyFigures, Picture, Section, Table, Text
+from shifcon_fast.evaluation.page import Cell, Picture, Section, Table, Text
 from shifcon_fast.evaluation.report import report_folder, write_report
 from shifcon_fast.evaluation.sections import comparison_sections
+from shifcon_fast.evaluation.system_comparison import ItemOutcome, SystemComparison
+from shifcon_fast.evaluation.systems_table import systems_table
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.space.area import recommend_area
 
@@ -76,7 +78,12 @@ def comparison() -> SystemComparison:
     }
     logs = {"ShifCon": {"1": [{"step": 1, "loss_generation": 2.0}, {"step": 2, "loss_generation": 1.0}]}}
     return SystemComparison(
-        "en", "plain QLoRA", {"before": plain, "plain QLoRA": plain, "ShifCon": ours}, "before", logs
+        "en",
+        "plain QLoRA",
+        {"before": plain, "plain QLoRA": plain, "ShifCon": ours},
+        "before",
+        logs,
+        headline="seen only in English",
     )
 
 
@@ -99,15 +106,16 @@ def test_shares_and_differences_are_those_of_seeds_and_questions(comparison: Sys
     )
 
 
-def test_findings_name_gains_losses_noise_and_the_pivot(comparison: SystemComparison) -> None:
-    start, against, method = comparison_findings(comparison)
-    assert start.startswith("Before training, on what was seen only in English: en 100.0 % [")
-    assert "the other languages on average 10.0 % [" in start
-    assert "ShifCon against plain QLoRA, on what was seen only in English: +40.0 points [" in against
-    assert "Gains beyond noise in de (+80.0 points [" in against
-    assert "no loss beyond noise; within noise: sw." in against
-    assert "The pivot en: −100.0 points [−100.0, −100.0] (a loss beyond noise)." in against
-    assert method.startswith("Intervals are 95 %, over 2 training seeds and the questions.")
+def test_the_table_names_gains_losses_noise_and_the_pivot(comparison: SystemComparison) -> None:
+    head, before, plain, ours = systems_table(comparison).splitlines()
+    assert "seen only in English: mean of de, sw; pivot en" in head
+    assert "over 2 seeds and the questions" in head
+    assert before.split() == ["before", "10.0", "%", "100.0", "%"]
+    assert plain.split() == ["plain", "QLoRA", "10.0", "%", "100.0", "%"]
+    assert "+40.0 points [" in ours
+    assert ours.endswith("−100.0 points [−100.0, −100.0]")
+    same = replace(comparison, outcomes={**comparison.outcomes, "ShifCon": comparison.outcomes["before"]})
+    assert systems_table(same).splitlines()[-1].count("within noise") == 2
 
 
 def test_numbers_in_words() -> None:
@@ -126,7 +134,7 @@ def test_the_comparison_page(comparison: SystemComparison, tmp_path) -> None:
     assert "+80.0" in page.text
     assert "55.0 · 55.0" in page.text  # each seed on its own
     html = path.read_text(encoding="utf-8")
-    assert html.count("<picture>") == 3
+    assert html.count("<picture>") == 4
     assert '<mark class="loss">−100.0</mark>' in html
     assert '<mark class="gain">+80.0</mark>' in html
 
@@ -152,8 +160,6 @@ def test_all_text_is_escaped(tmp_path) -> None:
             bad,
             [
                 Text([bad]),
-                Text([bad], as_list=True),
-                KeyFigures([KeyFigure(bad, bad, bad)]),
                 Table([bad], [[bad, bad, Cell(bad, bad)]], bad),
                 Picture(b"<svg/>", b"<svg/>", alt='"><script>', caption=bad),
             ],
@@ -164,7 +170,7 @@ def test_all_text_is_escaped(tmp_path) -> None:
         "utf-8"
     )
     assert "<script" not in html
-    assert html.count("&lt;script&gt;alert(1)") == 17  # every place once
+    assert html.count("&lt;script&gt;alert(1)") == 13  # every place once
     assert "left out" not in html
 
 
@@ -199,7 +205,6 @@ def test_the_report_of_an_evaluation(attached, tiny_model, word_tokenizer, paral
     assert PairedComparison.load(tmp_path / "comparison.json") == against
     page = check(report_folder(tmp_path).read_text(encoding="utf-8"))
     for heading in (
-        "Summary",
         "Answers",
         "Multiple choice",
         "Retrieval",
@@ -214,14 +219,13 @@ def test_the_report_of_an_evaluation(attached, tiny_model, word_tokenizer, paral
         "shifted − unshifted",
         "Chance is 50 %",
         "Right choices (acc) by kind",
-        "Right choices, shifted against",
     ):
         assert text in page.text
     assert f"{ours.perplexity['shifted']['tr'].value:,.2f}" in page.text
     found = ours.retrieval["shifted"]
     mexa = [value for scores in found.scores.values() for value in scores.mexa]
     assert f"{100 * sum(mexa) / len(mexa):.1f} % shifted" in page.text
-    assert "The pivot en: +0.0 points" in page.text
+    assert "+0.0" in page.text  # the pivot's answers, which no shift touches
 
 
 def test_the_report_of_a_run(tiny_model, word_tokenizer, parallel_text, tmp_path) -> None:
