@@ -56,6 +56,7 @@ def profile(
     pivot: Annotated[str, typer.Option(help="The dominant language.")] = "en",
     languages: options.Languages = None,
     quantization: options.Quantization = "nf4",
+    dtype: options.Dtype = None,
     batch_size: options.BatchSize = 16,
     rank: Annotated[
         int | None,
@@ -97,6 +98,7 @@ def profile(
         pivot=pivot,
         languages=options.split_codes(languages),
         quantization=quantization,
+        dtype=dtype,
         batch_size=batch_size,
         rank=rank,
         variance=variance,
@@ -140,6 +142,7 @@ def sweep(
     ] = 0.1,
     languages: options.Languages = None,
     quantization: options.Quantization = "nf4",
+    dtype: options.Dtype = None,
     batch_size: options.BatchSize = 16,
     max_new_tokens: options.MaxNewTokens = 64,
     overwrite: Annotated[
@@ -175,6 +178,7 @@ def sweep(
             max_perplexity_rise=max_perplexity_rise,
             languages=options.split_codes(languages),
             quantization=quantization,
+            dtype=dtype,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             overwrite=overwrite,
@@ -235,6 +239,7 @@ def evaluate(
     languages: options.Languages = None,
     base: options.Base = None,
     quantization: options.QuantizationOfModel = None,
+    dtype: options.Dtype = None,
     batch_size: options.BatchSize = 16,
     max_new_tokens: options.MaxNewTokens = 256,
     prompt_template: Annotated[
@@ -283,6 +288,7 @@ def evaluate(
             languages=options.split_codes(languages),
             base=base,
             quantization=quantization,
+            dtype=dtype,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             prompt_template=options.template_text(prompt_template),
@@ -306,6 +312,7 @@ def generate(
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     quantization: options.QuantizationOfModel = None,
+    dtype: options.Dtype = None,
     base: options.Base = None,
     trust_remote_code: options.RemoteCode = False,
 ) -> None:
@@ -323,6 +330,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         quantization=quantization,
+        dtype=dtype,
         base=base,
         trust_remote_code=trust_remote_code,
     ):
@@ -348,6 +356,7 @@ def export(
         typer.Option("--gguf-model", help="gguf: the model to check the control vector on, in llama.cpp."),
     ] = None,
     quantization: options.QuantizationOfModel = None,
+    dtype: options.Dtype = None,
     base: options.Base = None,
     trust_remote_code: options.RemoteCode = False,
 ) -> None:
@@ -369,6 +378,7 @@ def export(
             without_shift=without_shift,
             gguf_model=gguf_model,
             quantization=quantization,
+            dtype=dtype,
             base=base,
             trust_remote_code=trust_remote_code,
         )

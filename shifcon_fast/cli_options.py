@@ -37,6 +37,14 @@ QuantizationOfModel = Annotated[
         "--quantization", help="nf4 or none. Default: as a run was trained; nf4 for models that are no run."
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16. Default: as a run was trained; else bfloat16 on CUDA, and on a CPU "
+        "what it is faster in.",
+    ),
+]
 Languages = Annotated[
     str | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, NF4, compiled libraries, backends (``shifcon doctor``)."""
+"""What this machine can do: versions, devices, NF4, dtype, compiled libraries, backends (``shifcon doctor``)."""
 
 from __future__ import annotations
 
@@ -86,12 +86,32 @@ def extras() -> dict[str, str]:
     }
 
 
+def dtypes() -> dict[str, dict[str, Any]]:
+    """By quantisation: GFLOP/s in float32 and bfloat16, and "chosen", for checkpoints stored in 16 bits."""
+    from shifcon_fast.training import linear_speed
+    from shifcon_fast.training.quantization import nf4_problem
+
+    found: dict[str, dict[str, Any]] = {}
+    for quantization in ("none",) if nf4_problem(torch.device("cpu")) else ("nf4", "none"):
+        speed = linear_speed.measure(quantization)
+        native_bfloat16 = linear_speed.has_native_bfloat16()
+        chosen = linear_speed.faster_dtype(speed) if native_bfloat16 else torch.float32
+        found[quantization] = {
+            "float32": speed["float32"],
+            "bfloat16": speed["bfloat16"],
+            "chosen": str(chosen).removeprefix("torch."),
+            "kept": linear_speed.keep(speed, overwrite=True),
+        }
+    return found
+
+
 def examine() -> dict[str, Any]:
     """Everything ``shifcon doctor`` prints, ready for JSON.
 
     "nf4" maps each device to "works" or to what is wrong; it is found by quantising a matrix and reading it back.
-    "native" maps each compiled library to what :func:`native` says, "extras" each extra to what :func:`extras`
-    says.
+    "dtype" has what the CPU's linear layers reach in float32 and bfloat16, measured now and kept for
+    ``load_quantized``. "native" maps each compiled library to what :func:`native` says, "extras" each extra to what
+    :func:`extras` says.
     """
     # transformers, peft and bitsandbytes come with it, which the rest of this file does without.
     from shifcon_fast.training.quantization import nf4_problem
@@ -104,6 +124,7 @@ def examine() -> dict[str, Any]:
         "extras": extras(),
         "devices": [asdict(device) for device in present],
         "nf4": {device.name: nf4_problem(torch.device(device.name)) or "works" for device in present},
+        "dtype": dtypes(),
         "native": native(),
         "operators": [asdict(report) for report in ops.backend_report()],
     }
@@ -121,6 +142,10 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"  {device['name']:14} {device['description']}{memory}")
     lines += ["", "4-bit (NF4)"]
     lines += [f"  {device:14} {verdict}" for device, verdict in found["nf4"].items()]
+    lines += ["", "dtype on the CPU (of checkpoints stored in 16 bits; --dtype overrules)"]
+    for name, each in found["dtype"].items():
+        speeds = f"{each['float32']:.0f} GFLOP/s in float32, {each['bfloat16']:.0f} in bfloat16"
+        lines.append(f"  {name:14} {each['chosen']}: {speeds}")
     lines += ["", "compiled extension"]
     lines += [f"  {library:14} {verdict}" for library, verdict in found["native"].items()]
     lines += ["", "operators"]

@@ -12,7 +12,7 @@ from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, st
 from shifcon_fast.notices import warn_once
 from shifcon_fast.training.checkpoints import CARD, list_checkpoints
 from shifcon_fast.training.generation import stop_at
-from shifcon_fast.training.quantization import load_quantized
+from shifcon_fast.training.quantization import load_quantized, read_dtype
 from shifcon_fast.training.run_card import RunCard, read_card
 from shifcon_fast.training.run_folder import load
 
@@ -23,6 +23,7 @@ def open_model(
     name: str,
     *,
     quantization: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     base: str | None = None,
 ) -> tuple[Any, Any]:
@@ -31,6 +32,8 @@ def open_model(
     Args:
         name: which.
         quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
+        dtype: "float32", "bfloat16" or "float16"; None takes what a run was trained in, and what is best here for
+            other models (see :func:`~shifcon_fast.training.quantization.load_quantized`).
         trust_remote_code: run code that comes with the model.
         base: the base model of a run, if it is no longer where it was.
 
@@ -43,13 +46,20 @@ def open_model(
         model = load_quantized(
             name,
             quantization=quantization or "nf4",  # type: ignore[arg-type]
+            dtype=read_dtype(dtype),
             trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(name, trust_remote_code)
         _end_turns_as_the_template_does(name, model, tokenizer)
         return model, tokenizer
     card = read_card(name)
-    model = load(name, base=base, quantization=quantization, trust_remote_code=trust_remote_code)
+    model = load(
+        name,
+        base=base,
+        quantization=quantization,
+        dtype=read_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
     return model, run_tokenizer(name, card, base=base, trust_remote_code=trust_remote_code)
 
 

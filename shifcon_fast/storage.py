@@ -42,6 +42,11 @@ _JSON_TYPES = {
 }
 
 
+def cache_root() -> Path:
+    """``$SHIFCON_CACHE``, or ``~/.cache/shifcon_fast``: what is kept for later runs, and can be made anew."""
+    return Path(os.environ.get("SHIFCON_CACHE") or Path.home() / ".cache" / "shifcon_fast").expanduser()
+
+
 def staging_folder(folder: str | Path, card: str) -> Path:
     """Where :func:`replacing` has the files of ``card`` written; processes that help the writer need to know."""
     return Path(folder) / f"{_STAGING}{Path(card).name}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from shifcon_fast.demo.muon import Muon
 from shifcon_fast.demo.tokenizer import build_tokenizer
 from shifcon_fast.demo.world import World, to_jsonl
-from shifcon_fast.storage import read_json, replacing, write_json
+from shifcon_fast.storage import cache_root, read_json, replacing, write_json
 
 _CARD = "pretraining.json"
 _REVISION = 1  # part of the cache key; raise it when the same settings no longer give the same model
@@ -47,11 +46,6 @@ class PretrainSettings:
     weight_decay: float = 0.01
     warmup: float = 0.05
     seed: int = 0
-
-
-def cache_root() -> Path:
-    """``$SHIFCON_CACHE``, or ``~/.cache/shifcon_fast``."""
-    return Path(os.environ.get("SHIFCON_CACHE") or Path.home() / ".cache" / "shifcon_fast").expanduser()
 
 
 def cache_key(world: World, settings: PretrainSettings) -> str:

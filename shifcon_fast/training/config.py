@@ -46,6 +46,13 @@ class RunConfig:
         metadata={"help": "Drop parallel rows in which a language is missing (null, NaN or blank)."},
     )
     quantization: str = field(default="nf4", metadata={"help": "nf4 (4-bit) or none."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "float32, bfloat16 or float16. Default: bfloat16 on CUDA, and what this processor is faster "
+            "in; with --resume, that of the checkpoint."
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates count lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})

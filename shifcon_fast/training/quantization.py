@@ -15,9 +15,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from shifcon_fast.notices import warn_once
+from shifcon_fast.storage import cache_root
+from shifcon_fast.training.linear_speed import faster_dtype, has_native_bfloat16, known_speed
+
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "none"]
+DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK = 64  # weights that share one NF4 scale
 
 
@@ -45,7 +50,7 @@ def load_quantized(
             which bitsandbytes' CPU kernel dequantises wrongly (a warning names them).
         dtype: of hidden states and of weights that are not quantised. None chooses bfloat16 on CUDA (float16 on
             devices without it); on the CPU float32, but bfloat16 where the checkpoint itself is stored in 16 bits
-            and the CPU has bfloat16 instructions.
+            and this processor multiplies faster in bfloat16, which is measured once (``linear_speed``) and said.
         device_map: as in ``from_pretrained``; None puts the whole model on this process's CUDA device or the CPU.
         trust_remote_code: run model code that comes with the checkpoint.
         gradient_checkpointing: recompute activations in the backward pass (the non-reentrant kind). Only with lora.
@@ -66,7 +71,7 @@ def load_quantized(
         device_map = {"": device}
     on_cpu = _is_on_cpu(device_map)
     config = _read_config(name_or_path, trust_remote_code)
-    dtype = dtype or _choose_dtype(torch.device("cpu") if on_cpu else device, config.dtype)
+    dtype = dtype or _choose_dtype(torch.device("cpu") if on_cpu else device, config.dtype, quantization)
     settings: dict[str, Any] = {}
     if quantization == "nf4":
         if problem := nf4_problem(torch.device("cpu") if on_cpu else device):
@@ -105,6 +110,20 @@ def load_quantized(
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return get_peft_model(model, lora).train()
+
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None and "auto" are None, which chooses.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name in (None, "auto"):
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {name!r}; wanted auto, {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, str(name))
+    return found
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:
@@ -182,15 +201,27 @@ def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _choose_dtype(device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+def _choose_dtype(
+    device: torch.device, stored: torch.dtype | None, quantization: Quantization
+) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if stored in (torch.bfloat16, torch.float16):
-        from bitsandbytes.functional import has_avx512bf16
-
-        # Where bfloat16 products are native they beat float32; emulated ones are many times slower.
-        return torch.bfloat16 if has_avx512bf16() else torch.float32
-    return torch.float32
+    if stored not in (torch.bfloat16, torch.float16) or not has_native_bfloat16():
+        return torch.float32  # emulated products are many times slower
+    speed = known_speed(quantization)
+    if speed is None:
+        warn_once(
+            f"dtype: float32, since {cache_root()} cannot be written, in which the processes would find one answer "
+            "to which dtype is faster here (--dtype, or SHIFCON_CACHE)"
+        )
+        return torch.float32
+    chosen = faster_dtype(speed)
+    warn_once(
+        f"dtype: {str(chosen).removeprefix('torch.')}: {speed['processor']} multiplies {quantization} weights at "
+        f"{speed['bfloat16']:.0f} GFLOP/s in bfloat16 and {speed['float32']:.0f} in float32 (measured; "
+        "--dtype overrules)"
+    )
+    return chosen
 
 
 def _modules_to_skip(config: Any, trust_remote_code: bool) -> list[str] | None:

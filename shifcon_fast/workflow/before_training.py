@@ -33,6 +33,7 @@ def profile(
     pivot: str = "en",
     languages: Sequence[str] | None = None,
     quantization: str = "nf4",
+    dtype: str | None = None,
     batch_size: int = 16,
     rank: int | None = None,
     variance: float | None = None,
@@ -43,7 +44,9 @@ def profile(
     """Estimate and save a language space, its recommended area (``area.json``) and a plot of the distances."""
     sentences = read_parallel(parallel, languages=languages, allow_missing=allow_missing)
     pivot = find_pivot(pivot, sentences, parallel)
-    loaded, tokenizer = open_model(model, quantization=quantization, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = open_model(
+        model, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     space = estimate_space(
         loaded,
         tokenizer,
@@ -123,6 +126,7 @@ def sweep(
     questions: str | None = None,
     output: Path | None = None,
     quantization: str = "nf4",
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> str:
@@ -138,7 +142,9 @@ def sweep(
         raise ValueError(
             f"model: {model} is a run, trained for its own area; wanted the model before training"
         )
-    loaded, tokenizer = open_model(model, quantization=quantization, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = open_model(
+        model, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     found = sweep_area(loaded, tokenizer, loaded_space, parallel, questions, output=output, **options)
     areas = [recommend_area(loaded_space, alpha=alpha) for alpha in found.alphas]
     write_json(output / AREA_FILE, asdict(areas[0]))

@@ -36,6 +36,7 @@ def evaluate(
     against: str | None = None,
     languages: Sequence[str] | None = None,
     quantization: str | None = None,
+    dtype: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
     prompt_template: str = "{question}",
@@ -81,6 +82,7 @@ def evaluate(
     other = _earlier_result(against) if against else None  # it may lie in the folder that is written to
     options: dict[str, Any] = {
         "quantization": quantization,
+        "dtype": dtype or _dtype_of_the_run(model, against),
         "trust_remote_code": trust_remote_code,
         "base": base,
     }
@@ -110,6 +112,11 @@ def _measure(
     del loaded
     gc.collect()  # where accelerate has put device hooks on a model they lead back to it, and keep its memory
     return replace(result, model=model, settings={**result.settings, **sources})
+
+
+def _dtype_of_the_run(*models: str | None) -> str | None:
+    """That of the first run among them, so that a run and its base are compared in one dtype; None without one."""
+    return next((read_card(each)["dtype"] for each in models if each and is_run(each)), None)
 
 
 def _earlier_result(folder: str) -> EvaluationResult | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from transformers import set_seed
 
@@ -20,8 +21,8 @@ from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import choose_area
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
-from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_card import ADAPTER
+from shifcon_fast.training.quantization import load_quantized, read_dtype
+from shifcon_fast.training.run_card import ADAPTER, read_card
 from shifcon_fast.training.run_folder import FILES, PROFILE
 from shifcon_fast.training.trainer import ShifConTrainer
 from shifcon_fast.workflow.evaluate_model import BESIDE_EVALUATION
@@ -30,7 +31,10 @@ from shifcon_fast.workflow.evaluate_model import BESIDE_EVALUATION
 def train(run: RunConfig, arguments: ShifConArguments) -> str:
     """Train a run into ``arguments.output_dir``; what can be refused is refused before the model loads."""
     output = Path(str(arguments.output_dir))
+    dtype = read_dtype(run.dtype)
     resume = _where_to_start(run, output)
+    if resume and dtype is None:
+        dtype = getattr(torch, read_card(resume)["dtype"])
     parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
     instructions = read_instructions(run.instructions, arguments.language_column)
     find_pivot(arguments.pivot, parallel, run.parallel)
@@ -61,6 +65,7 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
             task_type="CAUSAL_LM",
         ),
         quantization=run.quantization,  # type: ignore[arg-type]
+        dtype=dtype,
         trust_remote_code=run.trust_remote_code,
     )
     estimated = space is None

@@ -24,6 +24,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     quantization: str | None = None,
+    dtype: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[str]:
@@ -33,7 +34,7 @@ def generate(
             "prompts: none given; wanted one or more, as arguments or a line each on standard input"
         )
     loaded, tokenizer = open_model(
-        model, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+        model, quantization=quantization, dtype=dtype, base=base, trust_remote_code=trust_remote_code
     )
     handle = getattr(loaded, "shifcon", None)
     if handle is None:
@@ -66,6 +67,7 @@ def export(
     without_shift: bool = False,
     gguf_model: Path | None = None,
     quantization: str | None = None,
+    dtype: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
@@ -73,7 +75,7 @@ def export(
     if not is_run(run):
         raise ValueError(f"run: {run} is no run; wanted the folder that `shifcon train` wrote")
     loaded, tokenizer = open_model(
-        run, quantization=quantization, base=base, trust_remote_code=trust_remote_code
+        run, quantization=quantization, dtype=dtype, base=base, trust_remote_code=trust_remote_code
     )
     written = export_languages(
         loaded,

@@ -250,7 +250,10 @@ def test_two_models_are_never_in_memory(workplace, tmp_path: Path, monkeypatch: 
     assert len(weights) == 2
 
 
-def test_doctor_names_every_operator_and_its_backend(workplace) -> None:
+def test_doctor_names_every_operator_and_its_backend(
+    workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFCON_CACHE", str(tmp_path))  # not a measurement beside other tests
     told = workplace.shifcon("doctor", "--json")
     assert told.code == 0
     found = json.loads(told.text)
@@ -262,6 +265,10 @@ def test_doctor_names_every_operator_and_its_backend(workplace) -> None:
         "subspace_project",
     }
     assert found["nf4"]["cpu"] == "works"
+    assert {name: each["chosen"] in ("float32", "bfloat16") for name, each in found["dtype"].items()} == {
+        "nf4": True,
+        "none": True,
+    }
     assert found["extras"] == dict.fromkeys(EXTRAS, "installed")
     assert found["versions"]["torch"] == torch.__version__
     assert "operators" in workplace.shifcon("doctor").text

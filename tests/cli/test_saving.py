@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import shifcon_fast as sf
-from shifcon_fast import storage
+from shifcon_fast import opening, storage
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.workflow import train_run
 
 Rows = list[dict[str, object]]
 
@@ -156,3 +160,31 @@ def test_ctrl_c_saves_and_exits_130(workplace, tmp_path: Path) -> None:
     resumed = workplace.shifcon(*workplace.train_flags(output, "--max-steps", str(step + 1), "--resume"))
     assert resumed.code == 0, resumed.text
     assert f"{step + 1} steps" in resumed.text
+
+
+def test_resuming_and_evaluating_go_by_the_runs_dtype(
+    workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+    for room in (train_run, opening):
+        load = room.load_quantized
+
+        def recorded(*args: Any, load: Any = load, **kwargs: Any) -> Any:
+            used.append(kwargs["dtype"])
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(room, "load_quantized", recorded)
+    output = tmp_path / "run"
+    flags = ("--save-steps", "1", "--max-steps")
+    first = workplace.shifcon(*workplace.train_flags(output, *flags, "1", "--dtype", "bfloat16"))
+    assert first.code == 0, first.text
+    assert json.loads((output / "shifcon.json").read_text())["dtype"] == "bfloat16"
+    assert workplace.shifcon(*workplace.train_flags(output, *flags, "2", "--resume")).code == 0
+    evaluated = workplace.shifcon(
+        *("evaluate", "--model", output, "--against", workplace.base, "--quantization", "none"),
+        *("--output", tmp_path / "results", "--parallel", workplace.folder / "parallel.jsonl"),
+    )
+    assert evaluated.code == 0, evaluated.text
+    assert used == [torch.bfloat16] * 3  # train, resume, and the base beside the run
+    refused = workplace.shifcon(*workplace.train_flags(tmp_path / "other", "--dtype", "bf16"))
+    assert "dtype: got 'bf16'; wanted auto, float32, bfloat16, float16" in refused.text

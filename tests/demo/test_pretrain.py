@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from shifcon_fast.demo import pretrain as pretraining
 from shifcon_fast.demo.muon import Muon, orthogonalise
-from shifcon_fast.demo.pretrain import PretrainSettings, cache_key, cache_root, pretrain, train
+from shifcon_fast.demo.pretrain import PretrainSettings, cache_key, pretrain, train
 from shifcon_fast.demo.tokenizer import build_tokenizer
 from shifcon_fast.demo.world import World, WorldSettings, build_world
+from shifcon_fast.storage import cache_root
 
 MICRO = PretrainSettings(hidden=64, intermediate=64, blocks=2, heads=2, tokens=12_000, batch_tokens=256)
 

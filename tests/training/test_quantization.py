@@ -118,12 +118,60 @@ def test_bad_arguments(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytes
         load_quantized(tiny_checkpoint)
 
 
-def test_dtype_follows_checkpoint_and_device() -> None:
+@pytest.mark.parametrize(("bfloat16", "faster"), [(300.0, torch.bfloat16), (110.0, torch.float32)])
+@pytest.mark.parametrize("native", [True, False])
+def test_dtype_follows_checkpoint_device_and_processor(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bfloat16: float,
+    faster: torch.dtype,
+    native: bool,
+) -> None:
     cpu = torch.device("cpu")
-    assert quantization._choose_dtype(cpu, torch.float32) == torch.float32
-    assert quantization._choose_dtype(cpu, None) == torch.float32
-    expected = torch.bfloat16 if bnb.functional.has_avx512bf16() else torch.float32
-    assert quantization._choose_dtype(cpu, torch.bfloat16) == expected
+    speed = {
+        "processor": "a Xeon",
+        "versions": {},
+        "quantization": "nf4",
+        "float32": 100.0,
+        "bfloat16": bfloat16,
+    }
+    monkeypatch.setattr(quantization, "has_native_bfloat16", lambda: native)
+    monkeypatch.setattr(quantization, "known_speed", lambda quantization: speed)
+    assert quantization._choose_dtype(cpu, torch.float32, "nf4") == torch.float32
+    assert quantization._choose_dtype(cpu, None, "nf4") == torch.float32
+    assert caplog.text == ""
+    for _ in range(2):
+        chosen = quantization._choose_dtype(cpu, torch.bfloat16, "nf4")
+        assert chosen == (faster if native else torch.float32)
+    said = f"a Xeon multiplies nf4 weights at {bfloat16:.0f} GFLOP/s in bfloat16 and 100 in float32 (measured"
+    assert caplog.text.count(said) == native
+    monkeypatch.setattr(quantization, "known_speed", lambda quantization: None)
+    assert quantization._choose_dtype(cpu, torch.float16, "none") == torch.float32
+    assert ("SHIFCON_CACHE" in caplog.text) == native
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
+def test_what_the_user_says_overrules_the_processor(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: torch.dtype | None
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    speed = {"processor": "", "versions": {}, "quantization": "none", "float32": 1.0, "bfloat16": 9.0}
+    measured: list[str] = []
+    monkeypatch.setattr(quantization, "has_native_bfloat16", lambda: True)
+    monkeypatch.setattr(quantization, "known_speed", lambda which: measured.append(which) or speed)
+    model = load_quantized(tmp_path, quantization="none", dtype=asked)
+    assert model.dtype == (asked or torch.bfloat16)
+    assert measured == ([] if asked else ["none"])
+
+
+def test_names_of_dtypes() -> None:
+    assert [quantization.read_dtype(each) for each in (None, "auto", "bfloat16")] == [
+        None,
+        None,
+        torch.bfloat16,
+    ]
+    with pytest.raises(ValueError, match="dtype: got 'bf16'; wanted auto, float32, bfloat16, float16"):
+        quantization.read_dtype("bf16")
 
 
 def test_nf4_works_here_and_a_broken_library_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
