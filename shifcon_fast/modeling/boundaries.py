@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
 from shifcon_fast.modeling.content import ordinary_norms, ordinary_tokens, token_norms
 from shifcon_fast.modeling.packing import Packing, packing_of, to_device
+from shifcon_fast.modeling.prefix import Beside, run_prefix
 
 
 def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order in which models take them
@@ -54,58 +52,154 @@ def boundary_representations(  # noqa: PLR0917 - a model's inputs, in the order 
     Raises:
         ValueError: no boundary, or one out of range; language_ids for a model that is not attached.
     """
-    decoder = locate_decoder(model)
-    wanted = _check_boundaries(boundaries, decoder.num_boundaries)
-    attachment: Attachment | None = getattr(decoder.module, ATTACHMENT, None)
-    if language_ids is not None:
-        if attachment is None:
-            raise ValueError("language_ids: the model is not attached; call attach(model, space, ...) first.")
-        if language_ids.dim() != 1:
-            raise ValueError(
-                f"language_ids: got shape {tuple(language_ids.shape)}, wanted one id per sentence, (batch,)."
-            )
-    device = _input_device(decoder)
-    packing = packing_of(attention_mask, decoder)
-    input_ids, pool_mask = to_device(input_ids, device), to_device(pool_mask, device) != 0
-    ids = None
-    if attachment is not None and language_ids is not None:
-        ids = attachment.prepare(language_ids, input_ids)
-        language_ids = to_device(language_ids, device)
-    arguments: dict[str, Any] = {}
-    if packing is not None:
-        packing = packing.to(device)
-        arguments["position_ids"] = packing.given(packing.position_ids)
-        input_ids, attention_mask = packing.given(packing.pack(input_ids)), None
-        if language_ids is not None:
-            arguments["language_ids"] = packing.given(packing.of_sentences(language_ids, -1))
-    else:
-        attention_mask = None if attention_mask is None else to_device(attention_mask, device)
-        if language_ids is not None:
-            arguments["language_ids"] = language_ids
-    pooled: dict[int, Tensor] = {}
+    sentences = _Sentences(
+        model, input_ids, attention_mask, pool_mask, language_ids, keep_massive=keep_massive
+    )
+    return sentences.representations(boundaries)
 
-    def pool(boundary: int, hidden_states: Tensor) -> None:
-        here = hidden_states.device
-        mask = pool_mask.to(here)
-        if packing is None:
-            if not keep_massive:
+
+def representations_and_unshifted(  # noqa: PLR0917 - as above
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pool_mask: Tensor,
+    boundaries: Sequence[int],
+    unshifted_at: Sequence[int],
+    language_ids: Tensor | None = None,
+    *,
+    keep_massive: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`boundary_representations`, and those of an unshifted pass without gradients at ``unshifted_at``.
+
+    Both are one pass up to where the first shift is added. From there on, and where the first one ends before the
+    last of ``unshifted_at``, blocks run for the unshifted one alone. A model in training mode drops out in both.
+
+    Returns:
+        (len(boundaries), B, d) and (len(unshifted_at), B, d) float32.
+    """
+    sentences = _Sentences(
+        model, input_ids, attention_mask, pool_mask, language_ids, keep_massive=keep_massive
+    )
+    return sentences.with_unshifted(boundaries, unshifted_at)
+
+
+class _Sentences:
+    """A batch on the model's device, packed where that is right, and the ways to pass it through the blocks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pool_mask: Tensor,
+        language_ids: Tensor | None,
+        *,
+        keep_massive: bool,
+    ) -> None:
+        self.decoder = locate_decoder(model)
+        self.attachment: Attachment | None = getattr(self.decoder.module, ATTACHMENT, None)
+        self.keep_massive = keep_massive
+        if language_ids is not None:
+            if self.attachment is None:
+                raise ValueError(
+                    "language_ids: the model is not attached; call attach(model, space, ...) first."
+                )
+            if language_ids.dim() != 1:
+                raise ValueError(
+                    f"language_ids: got shape {tuple(language_ids.shape)}, wanted one id per sentence, (batch,)."
+                )
+        device = _input_device(self.decoder)
+        packing = packing_of(attention_mask, self.decoder)
+        self.input_ids = to_device(input_ids, device)
+        self.pool_mask = to_device(pool_mask, device) != 0
+        self.ids = None
+        if self.attachment is not None and language_ids is not None:
+            self.ids = self.attachment.prepare(language_ids, self.input_ids)
+            language_ids = to_device(language_ids, device)
+        self.attention_mask = None if attention_mask is None else to_device(attention_mask, device)
+        self.packing = None if packing is None else packing.to(device)
+        self.arguments: dict[str, Any] = {}
+        if self.packing is not None:
+            self.arguments["position_ids"] = self.packing.given(self.packing.position_ids)
+            self.input_ids, self.attention_mask = self.packing.given(self.packing.pack(self.input_ids)), None
+            if language_ids is not None:
+                language_ids = self.packing.given(self.packing.of_sentences(language_ids, -1))
+        if language_ids is not None:
+            self.arguments["language_ids"] = language_ids
+
+    def representations(self, boundaries: Sequence[int]) -> Tensor:
+        """(len(boundaries), B, d)."""
+        wanted = _check_boundaries(boundaries, self.decoder.num_boundaries)
+        means = _Means(self, shifted=True)
+        self._run(wanted, means)
+        return means.of(wanted)
+
+    def with_unshifted(self, boundaries: Sequence[int], unshifted_at: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """:meth:`representations`, and those of an unshifted pass."""
+        wanted = _check_boundaries(boundaries, self.decoder.num_boundaries)
+        beside_at = _check_boundaries(unshifted_at, self.decoder.num_boundaries)
+        means, unshifted_means = _Means(self, shifted=True), _Means(self, shifted=False)
+        departs = max(wanted)
+        if self.ids is not None:
+            departs = min(
+                [
+                    departs,
+                    *(k for k, block in enumerate(self.decoder.blocks) if SHIFT_TABLE in block._buffers),
+                ]
+            )
+
+        def visit(boundary: int, hidden_states: Tensor) -> None:
+            if boundary in wanted:
+                means(boundary, hidden_states)
+            if boundary in beside_at and boundary <= departs:
+                with torch.no_grad():
+                    unshifted_means(boundary, hidden_states)
+
+        beside = Beside(departs, max(beside_at), frozenset(beside_at), unshifted_means)
+        self._run([*wanted, *(k for k in beside_at if k <= departs)], visit, beside)
+        return means.of(wanted), unshifted_means.of(beside_at)
+
+    def _run(
+        self, wanted: Sequence[int], visit: Callable[[int, Tensor], None], beside: Beside | None = None
+    ) -> None:
+        with nullcontext() if self.ids is not None else unshifted(self.decoder.module):
+            run_prefix(
+                self.decoder, self.input_ids, self.attention_mask, wanted, visit, beside, **self.arguments
+            )
+
+
+class _Means:
+    """Pools what it is called with, at each boundary, and keeps the means."""
+
+    def __init__(self, sentences: _Sentences, *, shifted: bool) -> None:
+        self._sentences = sentences
+        self._ids = sentences.ids if shifted else None
+        self._found: dict[int, Tensor] = {}
+
+    def __call__(self, boundary: int, hidden_states: Tensor) -> None:
+        batch, here = self._sentences, hidden_states.device
+        mask = batch.pool_mask.to(here)
+        if batch.packing is None:
+            if not batch.keep_massive:
                 mask, *_ = ordinary_tokens(hidden_states, mask)
             mean = ops.masked_mean_pool(hidden_states, mask)
         else:
-            mean, mask = _pool_packed(hidden_states, mask, packing.to(here), keep_massive=keep_massive)
-        table = decoder.blocks[boundary]._buffers.get(SHIFT_TABLE)
-        if ids is not None and table is not None and is_mapped(decoder.blocks[boundary]):
+            packing = batch.packing.to(here)
+            mean, mask = _pool_packed(hidden_states, mask, packing, keep_massive=batch.keep_massive)
+        block = batch.decoder.blocks[boundary]
+        table = block._buffers.get(SHIFT_TABLE)
+        if self._ids is not None and table is not None and is_mapped(block):
             # A map is affine: the mean of what it gives is what it gives of the mean.
-            rows = torch.where(mask.any(dim=1).to(mean.device), ids.to(mean.device), -1)
-            mean = mapped(decoder.blocks[boundary], mean[:, None], rows)[:, 0]
-        elif ids is not None and table is not None:
-            mean = mean + _mean_shift(table.to(mean.device), ids.to(mean.device), mask)
-        pooled[boundary] = mean
+            rows = torch.where(mask.any(dim=1).to(mean.device), self._ids.to(mean.device), -1)
+            mean = mapped(block, mean[:, None], rows)[:, 0]
+        elif self._ids is not None and table is not None:
+            mean = mean + _mean_shift(table.to(mean.device), self._ids.to(mean.device), mask)
+        self._found[boundary] = mean
 
-    with nullcontext() if ids is not None else unshifted(decoder.module):
-        _run_prefix(decoder, input_ids, attention_mask, wanted, pool, **arguments)
-    last = pooled[max(wanted)].device
-    return torch.stack([pooled[boundary].to(last) for boundary in wanted])
+    def of(self, boundaries: Sequence[int]) -> Tensor:
+        """(len(boundaries), B, d), on the device of the last one."""
+        device = self._found[max(boundaries)].device
+        return torch.stack([self._found[boundary].to(device) for boundary in boundaries])
 
 
 def _pool_packed(
@@ -146,29 +240,7 @@ def visit_boundaries(
     decoder = locate_decoder(model)
     wanted = _check_boundaries(boundaries, decoder.num_boundaries)
     with unshifted(decoder.module):
-        _run_prefix(decoder, input_ids, attention_mask, wanted, visit)
-
-
-def _run_prefix(
-    decoder: Decoder,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    wanted: Sequence[int],
-    visit: Callable[[int, Tensor], None],
-    **arguments: Any,
-) -> None:
-    last, after_blocks = max(wanted), decoder.architecture.after_blocks
-    known = after_blocks is not None
-    # Where it is not known what follows the blocks, what leaves the last one of them is looked at.
-    prefix = _prefix(decoder, last if known else max(last, 1), frozenset(wanted), visit)
-    for name in after_blocks or ():
-        if prefix._modules.get(name) is not None:
-            prefix._modules[name] = nn.Identity()
-    output = prefix(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **arguments
-    )
-    if known:
-        visit(last, output.last_hidden_state)
+        run_prefix(decoder, input_ids, attention_mask, wanted, visit)
 
 
 def _check_boundaries(boundaries: Sequence[int], count: int) -> list[int]:
@@ -187,80 +259,3 @@ def _mean_shift(table: Tensor, ids: Tensor, pool_mask: Tensor) -> Tensor:
     """What the shift adds to the pooled means: (B, d) float32, zero for rows left alone and rows without tokens."""
     shifted = (ids >= 0) & (pool_mask != 0).any(dim=-1)
     return table[ids.clamp(min=0)] * shifted.unsqueeze(-1)
-
-
-class _PooledBlock(nn.Module):
-    """Stands around a block and looks at its input, or at its output.
-
-    Outside of the block's gradient checkpointing, which wraps the block's forward: they are seen once, not again
-    when the block is recomputed.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        look: Callable[[Tensor], None] | None,
-        look_after: Callable[[Tensor], None] | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.block = block
-        self.look = look
-        self.look_after = look_after
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _loses_gradients(self.block, hidden_states):
-            hidden_states = hidden_states.detach().requires_grad_()
-        if self.look is not None:
-            self.look(hidden_states)
-        output = self.block(hidden_states, *args, **kwargs)
-        if self.look_after is not None:
-            self.look_after(output[0] if isinstance(output, tuple) else output)
-        return output
-
-    def __getattr__(self, name: str) -> Any:
-        # Some decoders read facts off their blocks, such as the kind of attention.
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            return getattr(nn.Module.__getattr__(self, "block"), name)
-
-    @property
-    def __class__(self) -> Any:
-        # Others (Jamba's of transformers 5.0) ask what kind of block it is.
-        return type(self.block)
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError("the class of a view of a block cannot be changed")
-
-
-def _loses_gradients(block: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether reentrant checkpointing would cut the graph: it tracks nothing unless an input requires grad."""
-    if hidden_states.requires_grad or not (torch.is_grad_enabled() and block.training):
-        return False
-    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
-    return bool(getattr(block, "gradient_checkpointing", False) and reentrant)
-
-
-def _prefix(
-    decoder: Decoder, length: int, wanted: frozenset[int], visit: Callable[[int, Tensor], None]
-) -> nn.Module:
-    """A view of the decoder that has only its first blocks; it shares every weight with it."""
-    prefix = copy.copy(decoder.module)
-    prefix.__dict__["_modules"] = dict(decoder.module._modules)
-    blocks = [
-        _PooledBlock(block, functools.partial(visit, index) if index in wanted else None)
-        for index, block in enumerate(list(decoder.blocks)[:length])
-    ]
-    if decoder.architecture.after_blocks is None and length in wanted:
-        blocks[-1].look_after = functools.partial(visit, length)
-    prefix._modules[decoder.architecture.blocks] = nn.ModuleList(blocks)
-    # accelerate's device hooks live in the instance and are bound to the whole decoder; bind them to the view.
-    for key in prefix.__dict__.keys() & {"forward", "_old_forward"}:
-        kept = prefix.__dict__[key]
-        hooked = isinstance(kept, functools.partial)
-        prefix.__dict__[key] = (
-            functools.partial(kept.func, prefix) if hooked else MethodType(kept.__func__, prefix)
-        )
-    return prefix

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -23,3 +24,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+_DRAWS = (
+    "attention_dropout",
+    "activation_dropout",
+    "dropout",
+    "layerdrop",
+    "jitter_noise",
+    "router_jitter_noise",
+)
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether a pass of the model, in the mode that it is in, draws random numbers."""
+    return any(
+        module.training
+        and (
+            (isinstance(module, _DropoutNd) and module.p > 0)
+            or any(isinstance(share := getattr(module, name, None), float) and share > 0 for name in _DRAWS)
+        )
+        for module in model.modules()
+    )

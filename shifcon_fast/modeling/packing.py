@@ -167,7 +167,8 @@ def _lay_out(rows: Sequence[Sequence[int]], sizes: Sequence[int], length: int, f
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on a device, without waiting for what the device has to do."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(device, non_blocking=True)
     return tensor.to(device)
 
 

@@ -12,7 +12,7 @@ itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.boundaries import boundary_representations, representations_and_unshifted
 from shifcon_fast.modeling.packing import to_device
 from shifcon_fast.objective.across_processes import gather_pairs, pairs_of_processes
 from shifcon_fast.objective.gradient_cache import encode_in_turns, passes_needed
@@ -72,6 +72,7 @@ def mcl_loss(
     mini_batch_size: int | None = None,
     gather_across_devices: bool = False,
     pairs_by_process: Sequence[int] | None = None,
+    follow: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """L_mcl of a batch of translation pairs, for the area [f, b) of an attached model.
 
@@ -89,6 +90,8 @@ def mcl_loss(
             their gradients (DDP, FSDP, DeepSpeed) have to begin with. No sentence should be with two processes.
         pairs_by_process: how many pairs each process has, where that is known: it saves asking, which waits for the
             device.
+        follow: called with the (2, 2N, d) representations at f and b of an unshifted pass without gradients, which
+            shares with the one at hand what is the same in both. Not with several passes.
 
     Returns:
         () float32 with a graph to the model's parameters.
@@ -111,6 +114,7 @@ def mcl_loss(
         shifted=mode == "shifted",
         keep_massive=handle.recipe == "official",
         passes=passes_needed(counts, mini_batch_size),
+        follow=None if follow is None else ((handle.forward, handle.backward), follow),
     )
     if gathers:
         pivot, other = gather_pairs(pivot, counts), gather_pairs(other, counts)
@@ -125,26 +129,31 @@ def contrastive_representations(
     shifted: bool,
     keep_massive: bool = False,
     passes: int = 1,
+    follow: tuple[Sequence[int], Callable[[Tensor], None]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Representations of a batch's pivot sentences and of their translations, each (len(boundaries), N, d) float32.
 
     ``keep_massive``: see :func:`boundary_representations`. ``passes``: how many the batch is divided into.
+    ``follow``: boundaries, and what is called with the representations of an unshifted pass there.
 
     Raises:
-        ValueError: an odd number of rows.
+        ValueError: an odd number of rows; ``follow`` with several passes.
     """
     pairs = _count_pairs(batch)
+    if follow is not None and passes > 1:
+        raise ValueError(f"follow: got one with {passes} passes, some of which run twice; wanted one pass")
 
     def encode(part: Mapping[str, Tensor]) -> Tensor:
-        return boundary_representations(
-            model,
-            part["input_ids"],
-            part["attention_mask"],
-            part["pool_mask"],
-            boundaries,
-            part["language_ids"] if shifted else None,
-            keep_massive=keep_massive,
+        sentences = part["input_ids"], part["attention_mask"], part["pool_mask"]
+        ids = part["language_ids"] if shifted else None
+        if follow is None:
+            return boundary_representations(model, *sentences, boundaries, ids, keep_massive=keep_massive)
+        at, show = follow
+        found, unshifted = representations_and_unshifted(
+            model, *sentences, boundaries, at, ids, keep_massive=keep_massive
         )
+        show(unshifted)
+        return found
 
     rows: dict[str, Tensor] = {**batch}  # type: ignore[dict-item]
     parts = [rows]

@@ -6,18 +6,20 @@
 * ``refresh``: replaced every N steps by a fresh estimate (the trainer makes it and calls :meth:`start_again`).
 * ``running``: the authors' way: the mean, over all steps so far, of the steps' means.
 
-Only the two boundaries where shifts happen, f and b, are tracked. Sentences are represented by an unshifted pass.
+Only the two boundaries where shifts happen, f and b, are tracked. Sentences are represented by an unshifted pass,
+which shares with the contrastive one what is the same in both (``boundaries.representations_and_unshifted``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shifcon_fast.modeling.packing import to_device
 from shifcon_fast.objective.recipe import VectorMode
 from shifcon_fast.space.language_shift import LanguageShift
 
@@ -63,6 +65,8 @@ class LanguageVectors:
         self._vectors = start.to(dtype if mode == "running" else torch.float64)
         self._updates = torch.zeros(len(shift.languages), dtype=torch.long)  # batches in a running vector
         self._final: LanguageShift | None = None
+        self._added = 0  # sentences of the step at hand
+        self._elsewhere: tuple[torch.device, LanguageShift] | None = None
         self._sums = torch.zeros(start.shape, dtype=torch.float64)  # of the step at hand
         self._counts = torch.zeros(len(shift.languages), dtype=torch.float64)
 
@@ -80,12 +84,23 @@ class LanguageVectors:
         """
         if not self.follows_batches:
             return
-        rows = representations.detach().to(device="cpu", dtype=torch.float64)
+        self._move(representations.device)
+        rows = representations.detach().to(self._sums)
         if self._unit:
             rows = functional.normalize(rows, dim=-1)
-        index = language_ids.to("cpu")
-        self._sums.index_add_(1, index, rows)
-        self._counts.index_add_(0, index, torch.ones(index.shape, dtype=torch.float64))
+        # A product, since adding by an index has no order on a GPU.
+        owners = functional.one_hot(to_device(language_ids, rows.device), self._counts.numel()).to(rows)
+        self._sums += owners.T @ rows
+        self._counts += owners.sum(0)
+        self._added += len(language_ids)
+
+    def _move(self, device: torch.device) -> None:
+        """Go on where the representations are: nothing of a step is read back to the host."""
+        if device.type == "mps":  # which has no 64 bits
+            device = torch.device("cpu")
+        if self._vectors.device != device:
+            for name in ("_vectors", "_updates", "_sums", "_counts"):
+                setattr(self, name, to_device(getattr(self, name), device))
 
     def step(self, reduce: Reduce | None = None) -> bool:
         """End the optimizer step; True if vectors changed. ``reduce`` sums over processes, which all must call."""
@@ -95,18 +110,19 @@ class LanguageVectors:
             (self._sums, self._counts) if reduce is None else (reduce(self._sums), reduce(self._counts))
         )
         seen = counts > 0
-        means = sums[:, seen] / counts[seen, None]
+        means = sums / counts.clamp(min=1)[:, None]
         self._final = None
         if self.mode == "ema":
-            self._vectors[:, seen] = self._decay * self._vectors[:, seen] + (1 - self._decay) * means
+            found = self._decay * self._vectors + (1 - self._decay) * means
         else:
-            started = self._updates[seen, None] > 0
-            total = torch.where(started, self._vectors[:, seen], 0) + means.to(self._vectors.dtype)
-            self._vectors[:, seen] = total
-            self._updates[seen] += 1
+            started = self._updates[:, None] > 0
+            found = torch.where(started, self._vectors, 0) + means.to(self._vectors.dtype)
+            self._updates = self._updates + seen
+        self._vectors = torch.where(seen[:, None], found, self._vectors)
+        added, self._added = self._added, 0
         self._sums.zero_()
         self._counts.zero_()
-        return bool(seen.any())
+        return added > 0 or reduce is not None
 
     def start_again(self, shift: LanguageShift) -> None:
         """Go on from a fresh estimate's vectors."""
@@ -127,17 +143,33 @@ class LanguageVectors:
         return self._final is not None
 
     def shift(self, *, training: bool) -> LanguageShift:
-        """The shift to train with (undivided sums, if asked for) or, else, the one to evaluate and serve with."""
+        """The shift to train with (undivided sums, if asked for), where the model is, or, else, the one to evaluate
+        and serve with, on the CPU."""
         if self._final is not None and not training:
             return self._final
         vectors = self._vectors.double()
         if self.mode == "running" and not (training and self._running_sums):
             vectors = vectors / self._updates.clamp(min=1)[:, None]
-        return replace(self._shift, vectors=vectors.float())
+        if not training:
+            return replace(self._shift, vectors=vectors.float().cpu())
+        return replace(self._shift_on(vectors.device), vectors=vectors.float())
+
+    def _shift_on(self, device: torch.device) -> LanguageShift:
+        """The shift that training began with, its tensors on a device."""
+        if device.type == "cpu":
+            return self._shift
+        if self._elsewhere is None or self._elsewhere[0] != device:
+            tensors = {
+                each.name: to_device(value, device)
+                for each in fields(self._shift)
+                if isinstance(value := getattr(self._shift, each.name), Tensor)
+            }
+            self._elsewhere = device, replace(self._shift, **tensors)  # type: ignore[arg-type]
+        return self._elsewhere[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that :meth:`load_state_dict` needs to go on between two optimizer steps."""
-        return {"vectors": self._vectors.clone(), "updates": self._updates.clone()}
+        """Everything that :meth:`load_state_dict` needs to go on between two optimizer steps, on the CPU."""
+        return {"vectors": self._vectors.cpu().clone(), "updates": self._updates.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state of the same mode, languages and model.

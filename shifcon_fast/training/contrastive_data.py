@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from shifcon_fast.modeling import vocabulary
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.content import content_mask
 from shifcon_fast.modeling.vocabulary import check_token_ids, gives_unknown_ids, padding_id, within_context
+from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.instruction_data import pad_right
@@ -86,10 +88,14 @@ class ContrastiveSampler:
         self._tokenizer = tokenizer
         self._ids = {language: language_id(language) for language in parallel}
         self._mixed = mixed_languages
-        self._max_length = (max_length_pivot, max_length_other)
         self._pool_all = pool_all_tokens
         self._seed = seed
-        self._has_content: dict[tuple[int, str], bool] = {}
+        self._tokens = {
+            language: _Tokens(len(sentences), max_length_pivot if language == pivot else max_length_other)
+            for language, sentences in parallel.items()
+        }
+        self._passed_over = False
+        self._ready: tuple[tuple[int, int, int], ContrastiveBatch] | None = None
 
     def pairs(self, step: int, micro_batch: int = 0, rank: int = 0) -> list[tuple[int, str]]:
         """(row, language) of each pair of a batch."""
@@ -125,9 +131,30 @@ class ContrastiveSampler:
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0) -> ContrastiveBatch:
         """The batch of an optimizer step, a micro-batch in it, and a process."""
-        pairs = self.pairs(step, micro_batch, rank)
-        rows = self._encode([(row, self._pivot) for row, _ in pairs], self._max_length[0])
-        rows += self._encode(pairs, self._max_length[1])
+        position = (step, micro_batch, rank)
+        if self._ready is not None and self._ready[0] == position:
+            return self._ready[1]
+        return self._make(position)
+
+    def prepare(self, step: int, micro_batch: int = 0, rank: int = 0) -> None:
+        """Make a batch now, that :meth:`batch` then has at once: while the device is busy with the one before.
+
+        Where there is a CUDA device it is in pinned memory, from which copies to the device need no waiting.
+        """
+        position = (step, micro_batch, rank)
+        batch = self._make(position)
+        if torch.cuda.is_available():
+            batch = ContrastiveBatch(**{name: values.pin_memory() for name, values in batch.items()})  # type: ignore
+        self._ready = (position, batch)
+
+    def _make(self, position: tuple[int, int, int]) -> ContrastiveBatch:
+        pairs = self.pairs(*position)
+        rows = self._encode(self._pivot, [row for row, _ in pairs])
+        by_language: dict[str, list[int]] = {}
+        for row, language in pairs:
+            by_language.setdefault(language, []).append(row)
+        encoded = {language: iter(self._encode(language, each)) for language, each in by_language.items()}
+        rows += [next(encoded[language]) for _, language in pairs]
         input_ids = pad_right(rows, self._filler)
         attention_mask = pad_right([[1] * len(row) for row in rows], 0)
         pool_mask = attention_mask.bool()
@@ -142,14 +169,16 @@ class ContrastiveSampler:
         )
 
     def _counts(self, row: int, language: str) -> bool:
-        """Whether a sentence has a token to average; asked of the tokenizer once."""
-        key = (row, language)
-        if key not in self._has_content:
-            (ids,) = self._encode([key], self._max_length[language != self._pivot])
-            tokens = torch.tensor([ids], dtype=torch.long)
-            content = content_mask(tokens, None, self._tokenizer.all_special_ids)
-            has_content = bool(ids) if self._pool_all else bool(content.any())
-            if not has_content and all(self._has_content.values()):
+        """Whether a sentence has a token to average; looked at once."""
+        known = self._tokens[language].has_content
+        if known[row] < 0:
+            (ids,) = self._encode(language, [row])
+            content = content_mask(
+                torch.tensor([ids], dtype=torch.long), None, self._tokenizer.all_special_ids
+            )
+            known[row] = bool(ids) if self._pool_all else bool(content.any())
+            if not known[row] and not self._passed_over:
+                self._passed_over = True
                 logger.warning(
                     "parallel: sentence %d (from 0) of %r, %r, has no content token (docs/method.md); contrastive "
                     "batches are made without it and others like it.",
@@ -157,13 +186,44 @@ class ContrastiveSampler:
                     language,
                     self._parallel[language][row][:40],
                 )
-            self._has_content[key] = has_content
-        return self._has_content[key]
+        return bool(known[row])
 
-    def _encode(self, sentences: Sequence[tuple[int, str]], max_length: int) -> list[list[int]]:
-        texts = [self._parallel[language][row] for row, language in sentences]
-        encoded = self._tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        return [list(ids) for ids in encoded]
+    def _encode(self, language: str, rows: Sequence[int]) -> list[list[int]]:
+        """Token ids of sentences of a language, each of which is tokenised once."""
+        kept, sentences = self._tokens[language], self._parallel[language]
+        new = [row for row in dict.fromkeys(rows) if kept.first[row] < 0]
+        if new:
+            texts = [sentences[row] for row in new]
+            encoded = self._tokenizer(texts, truncation=True, max_length=kept.max_length)
+            for row, ids in zip(new, encoded["input_ids"], strict=True):
+                kept.put(row, ids)
+            cut = [row for row, each in zip(new, encoded.encodings or (), strict=False) if each.overflowing]
+            if cut:
+                warn_once(
+                    f"parallel: sentences of {language!r} have more than {kept.max_length} tokens "
+                    "(max_length_pivot, max_length_other, or the model's context) and are cut at the end for the "
+                    f"contrastive loss; the first is number {cut[0]} (from 0)."
+                )
+        return [kept.get(row) for row in rows]
+
+
+class _Tokens:
+    """Token ids of a language's sentences as they become known: 4 bytes a token, 13 a sentence."""
+
+    def __init__(self, sentences: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.first = np.full(sentences, -1, dtype=np.int64)
+        self.has_content = np.full(sentences, -1, dtype=np.int8)
+        self._count = np.zeros(sentences, dtype=np.int32)
+        self._ids = array("i")
+
+    def put(self, row: int, ids: Sequence[int]) -> None:
+        self.first[row], self._count[row] = len(self._ids), len(ids)
+        self._ids.extend(ids)
+
+    def get(self, row: int) -> list[int]:
+        first = int(self.first[row])
+        return self._ids[first : first + int(self._count[row])].tolist()
 
 
 def make_sampler(

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
 from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.evaluation_mode import drops_out, evaluation_mode
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_shift import LanguageShift
@@ -33,7 +34,7 @@ from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
 from shifcon_fast.training.liger import check_liger, name_language_ids
-from shifcon_fast.training.loss_meter import LossMeter, NonFiniteLossError, check_finite
+from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
@@ -121,6 +122,7 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         stop_at(model, self._end_of_turn)
         self.loss_is_scaled_for_ga = True  # compute_loss does it: the two losses need different divisors
         self._meter = LossMeter()
+        self._watch = FiniteWatch()
         self._start_language_log(self._data.languages)
         self._interrupt = InterruptOnce()
         self._staging: Path | None = None  # while a checkpoint is written
@@ -160,7 +162,19 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         step, micro = self._micro_batch
         here = self.state.global_step
         self._micro_batch = (here, micro + 1 if step == here else 0)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._prepare_next_pairs()
+        return loss
+
+    def _prepare_next_pairs(self) -> None:
+        """Now that the device has been given this micro-batch's work, and computes."""
+        if self._sampler is None:
+            return
+        step, micro = self._micro_batch
+        ends = micro + 1 >= self.current_gradient_accumulation_steps
+        if not ends or step + 1 < self.state.max_steps:
+            following = (step + 1, 0) if ends else (step, micro + 1)
+            self._sampler.prepare(*following, rank=self.args.process_index)
 
     def compute_loss(
         self,
@@ -193,11 +207,13 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         shares = {"loss_generation": loss}
         if self._sampler is not None:
             batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
+            follow = self._follow_in_passing(model, batch)
             if self.args.w_mcl:
-                shares["loss_contrastive"] = self._contrastive_loss(model, batch) / accumulation
-            self._follow(model, batch)
+                shares["loss_contrastive"] = self._contrastive_loss(model, batch, follow) / accumulation
+            if follow is None:
+                self._follow(model, batch)
         step, micro = self._micro_batch
-        check_finite(shares, step + 1, micro)
+        self._watch.note(shares, step + 1, micro)
         for name, share in shares.items():
             self._meter.add(name, share)
         total = self.args.w_gen * shares["loss_generation"]
@@ -205,7 +221,9 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
             total = total + self.args.w_mcl * shares["loss_contrastive"]
         return (total, outputs) if return_outputs else total
 
-    def _contrastive_loss(self, model: Any, batch: ContrastiveBatch) -> Tensor:
+    def _contrastive_loss(
+        self, model: Any, batch: ContrastiveBatch, follow: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         assert self.handle is not None
         return mcl_loss(
             self.accelerator.unwrap_model(model),
@@ -216,17 +234,43 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
             mini_batch_size=self.args.contrastive_mini_batch_size,
             gather_across_devices=self.args.gather_across_devices,
             pairs_by_process=[batch["input_ids"].shape[0] // 2] * self.args.world_size,
+            follow=follow,
         )
 
+    def _follow_in_passing(self, model: Any, batch: ContrastiveBatch) -> Callable[[Tensor], None] | None:
+        """What shows the vectors the batch's sentences in the contrastive pass; None where that cannot.
+
+        It cannot where there is none, where some of it runs twice (gradient caching), and where it drops out, which
+        an estimate of the language space never does.
+        """
+        vectors, size = self._vectors, self.args.contrastive_mini_batch_size
+        if vectors is None or not vectors.follows_batches or not self.args.w_mcl:
+            return None
+        one_pass = size is None or size >= int(self.args.contrastive_batch_size or 0)
+        if not one_pass or drops_out(self.accelerator.unwrap_model(model)):
+            return None
+        return lambda representations: vectors.add(representations, batch["language_ids"])
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Also refuses to step on gradients that are not finite (float16's scaler handles its own)."""
+        """Also has gradients watched that are not finite (float16's scaler handles its own)."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise NonFiniteLossError(
-                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)}, though the losses are "
-                f"finite. Nothing of this step was saved. Lower learning_rate, or use bfloat16 or float32"
-            )
+        if norm is not None and self.accelerator.scaler is None:
+            self._watch.note({"gradient norm": torch.as_tensor(norm)}, self.state.global_step + 1)
         return norm
+
+    def _check_finite(self, before: int | None = None) -> None:
+        """Raise for what was not finite in the steps before one; in all, together with the other processes.
+
+        Raises:
+            NonFiniteLossError: something was not.
+        """
+        problem = self._watch.problem(before)
+        if before is None and self.args.world_size > 1:
+            broken = self._sum_over_processes(torch.tensor(float(problem is not None)))
+            if problem is None and broken > 0:
+                problem = "a loss or gradient of another process is not finite; its error says which"
+        if problem is not None:
+            raise NonFiniteLossError(problem)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds loss_generation and loss_contrastive, averaged like ``loss`` since the last log line.
@@ -234,48 +278,49 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         And ``loss_generation_{language}``, the mean over the language's tokens since then.
         """
         if "loss" in logs:
+            self._check_finite()
             logs.update(self._meter.drain(lambda total: self.accelerator.gather(total).mean()))
             logs.update(self._training_means())
         super().log(logs, start_time)
 
     def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
-        """Show the batch's sentences to the vectors, as an unshifted pass in eval mode sees them."""
+        """Show the batch's sentences to the vectors, as an unshifted pass of its own in eval mode sees them."""
         if self._vectors is None or not self._vectors.follows_batches or self.handle is None:
             return
         unwrapped = self.accelerator.unwrap_model(model)
-        device = next(unwrapped.parameters()).device
-        unwrapped.eval()
-        try:
-            with torch.no_grad():
-                representations = boundary_representations(
-                    unwrapped,
-                    batch["input_ids"].to(device),
-                    batch["attention_mask"].to(device),
-                    batch["pool_mask"].to(device),
-                    (self.handle.forward, self.handle.backward),
-                    keep_massive=self.handle.recipe == "official",
-                )
-        finally:
-            unwrapped.train()
+        with evaluation_mode(unwrapped), torch.no_grad():
+            representations = boundary_representations(
+                unwrapped,
+                batch["input_ids"],
+                batch["attention_mask"],
+                batch["pool_mask"],
+                (self.handle.forward, self.handle.backward),
+                keep_massive=self.handle.recipe == "official",
+            )
         self._vectors.add(representations, batch["language_ids"])
 
     def _end_step(self) -> None:
         """After an optimizer step: new vectors for the next one."""
         self._meter.end_step()
+        self._check_finite(before=self.state.global_step)
         if self._vectors is None or self.handle is None:
             return
-        changed = self._vectors.step(self._sum_over_processes if self.args.world_size > 1 else None)
+        changed = self._vectors.step(self._reduce if self.args.world_size > 1 else None)
         if self._vectors.mode == "refresh" and self.state.global_step % self.args.refresh_every == 0:
             self._vectors.start_again(self._estimate())
             changed = True
         if changed:
             self.handle.set_shift(self._vectors.shift(training=True))
         if self.args.final_estimation and self.state.global_step >= self.state.max_steps:
+            self._check_finite()
             # Now, so that the last evaluation and the last checkpoint have the vectors of the finished run.
             self._estimate_finally()
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").to("cpu")
+        return self._reduce(values).to("cpu")
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
 
     def _estimate(self) -> LanguageShift:
         assert self.handle is not None
@@ -292,6 +337,7 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates with the vectors that a saved model would have."""
+        self._check_finite()
         if self._vectors is None or self.handle is None:
             return self._evaluate_by_language(*args, **kwargs)
         before = self.handle.shift
@@ -333,6 +379,7 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
                 "replaces it",
                 self.args.output_dir,
             )
+        self._watch = FiniteWatch()
         with InterruptOnce() as self._interrupt:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._interrupt.requested:
@@ -343,6 +390,7 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         return output
 
     def _finish(self) -> None:
+        self._check_finite()
         if self.handle is not None and self._vectors is not None:
             if (
                 self.args.final_estimation and not self._vectors.finished
@@ -363,7 +411,12 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         self._vectors.finish(shift)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a run folder, all or nothing; only the main process does, and all must call this."""
+        """Write a run folder, all or nothing; only the main process does, and all must call this.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient was not finite, so that the weights are not either.
+        """
+        self._check_finite()
         model = self.accelerator.unwrap_model(self.model)
         gathered = gather_weights(model)
         if self.args.should_save:
@@ -397,6 +450,7 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """``Trainer._save_checkpoint``, all or nothing: it writes into a staging folder (``storage.replacing``)."""
+        self._check_finite()
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         with ExitStack() as stack:
             if self.args.should_save:

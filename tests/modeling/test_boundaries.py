@@ -13,7 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
-from shifcon_fast.modeling.boundaries import _PooledBlock, boundary_representations
+from shifcon_fast.modeling.boundaries import boundary_representations, representations_and_unshifted
+from shifcon_fast.modeling.prefix import _PooledBlock
 
 
 @pytest.fixture
@@ -210,3 +211,56 @@ def test_bad_arguments_are_named(tiny_model, batch, batch_ids, pool_mask):
         boundary_representations(model, **batch, pool_mask=pool_mask, boundaries=[1], language_ids=batch_ids)
     with pytest.raises(ValueError, match=r"Known architectures"):
         boundary_representations(nn.Linear(2, 2), **batch, pool_mask=pool_mask, boundaries=[1])
+
+
+LENGTHS = (9, 4, 7, 3)
+
+
+@pytest.fixture
+def sentences() -> dict[str, torch.Tensor]:
+    """Padded on the right, so that they may share rows."""
+    mask = (torch.arange(9) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(8))
+    pool = mask.bool()
+    pool[:, 0] = False
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "pool_mask": pool}
+
+
+@pytest.mark.every_architecture(
+    quick=("llama", "gemma4_text", "gpt2", "lfm2"), slow="one way to run a block twice"
+)
+@pytest.mark.parametrize("mode", ["shifted", "official", "pooled"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_unshifted_pass_beside_another_is_what_it_is_alone(
+    architecture, mode, checkpointing, tiny_model, random_space, sentences, batch_ids
+):
+    model = tiny_model(architecture).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recipe = "official" if mode == "official" else "stable"
+    attach(model, random_space(model), forward=1, backward=3, recipe=recipe)
+    ids = None if mode == "pooled" else batch_ids
+    boundaries, at = [1, 2], [1, 3]
+    runs = _blocks_run(model)
+    expected = boundary_representations(model, **sentences, boundaries=boundaries, language_ids=ids)
+    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    (expected * probe).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        expected_unshifted = boundary_representations(model, **sentences, boundaries=at)
+    model.zero_grad()
+    runs.clear()
+
+    found, unshifted = representations_and_unshifted(
+        model, **sentences, boundaries=boundaries, unshifted_at=at, language_ids=ids
+    )
+    departs = {"shifted": 1, "official": 0, "pooled": 2}[mode]
+    assert sorted(runs) == sorted([0, 1, *range(departs, 3)])  # once for both where they are the same
+    assert not unshifted.requires_grad
+    torch.testing.assert_close(unshifted, expected_unshifted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, expected)
+    (found * probe).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
