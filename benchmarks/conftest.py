@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ceilings
 import goals
+import levels
 from timing import (
     BUDGET,
     Call,
@@ -93,6 +95,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--rows", metavar="FILE", help="append each figure to FILE; leave out what it has")
     parser.addoption("--ceilings", metavar="FILE", help="take the ceilings from FILE, do not measure them")
+    parser.addoption(
+        "--turn-seconds", type=float, default=20.0, help="seconds that peers who take turns may take together"
+    )
     parser.addoption("--warm", action="store_true", help="call once what would be timed, to have it compiled")
 
 
@@ -152,8 +157,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["device"] = platform.processor() or platform.machine()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["environment"] = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "SHIFCON_"))
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(levels.PREFIXES)
     }
+    machine_info["level"] = levels.current()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         machine_info["device"] = properties.name
@@ -282,38 +288,79 @@ def measure(  # noqa: PLR0917 - pytest passes fixtures by name
 
 
 @pytest.fixture
-def take_turns(benchmark: Any, smoke: bool, record: Callable[..., None]) -> Callable[..., None]:
+def take_turns(
+    benchmark: Any,
+    smoke: bool,
+    device: torch.device,
+    record: Callable[..., None],
+    pytestconfig: pytest.Config,
+) -> Callable[..., None]:
     """Time several peers call by call in turn, so that noise which outlasts a call meets all of them alike.
 
-    ``take_turns({peer: calls, …}, case=…)``; one peer is "ours". CPU only. Recorded are, for "ours", ms, rounds and
-    ``times_as_long``: the median time of every other peer over that of ours.
+    ``take_turns({peer: calls, …}, case=…, moved=…, copied=…, several=…, **also)``; one peer is "ours". On CUDA a
+    call ends when the device is done. A call is made ``several`` times between two looks at the clock. Recorded are,
+    for "ours", ms, rounds, ``times_as_long`` (the median time of every other peer over that of ours), ``quartiles``
+    (of the same ratio, turn by turn) and what is given as ``also``. Where ``moved`` (the bytes that ours must move)
+    and ``copied`` (those that the peer "copy" moves) are given, ``percent_of_copy`` as well.
     """
+    budget = pytestconfig.getoption("--turn-seconds")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def run(peers: dict[str, Sequence[Call]], *, case: str) -> None:
+    def run(
+        peers: dict[str, Sequence[Call]],
+        *,
+        case: str,
+        moved: int | None = None,
+        copied: int | None = None,
+        several: int = 1,
+        **also: Any,
+    ) -> None:
         turns = {peer: itertools.cycle(calls) for peer, calls in peers.items()}
-        rounds, warmup = (1, 0) if smoke else (301, 10)
         seconds: dict[str, list[float]] = {peer: [] for peer in peers}
-        for count in range(warmup + rounds):
+
+        def turn() -> None:
             for peer, calls in turns.items():
                 call = next(calls)
+                wait()
                 start = time.perf_counter()
-                call()
-                if count >= warmup:
-                    seconds[peer].append(time.perf_counter() - start)
+                for _ in range(several):
+                    call()
+                wait()
+                seconds[peer].append((time.perf_counter() - start) / several)
+
+        turn()  # warms up
+        began = time.perf_counter()
+        turn()
+        once = time.perf_counter() - began
+        rounds = 1 if smoke else max(5, min(301, int(budget / once)))
+        for _ in range(0 if smoke else min(8, rounds // 5)):
+            turn()
+        for taken in seconds.values():
+            taken.clear()
+        for _ in range(rounds):
+            turn()
         timings = {peer: Timing.of(taken) for peer, taken in seconds.items()}
         ours = timings.pop("ours")
+        figures: dict[str, Any] = {
+            "ms": ours.median * 1e3,
+            "iqr_ms": ours.iqr * 1e3,
+            "rounds": rounds,
+            "times_as_long": {peer: timing.median / ours.median for peer, timing in timings.items()},
+            "quartiles": {peer: _quartiles(seconds[peer], seconds["ours"]) for peer in timings},
+        }
+        if moved is not None and copied is not None:
+            figures["percent_of_copy"] = 100 * moved / copied * figures["times_as_long"]["copy"]
         benchmark.group = case
         benchmark.pedantic(next(turns["ours"]), rounds=1)
-        record(
-            case=case,
-            peer="ours",
-            ms=ours.median * 1e3,
-            iqr_ms=ours.iqr * 1e3,
-            rounds=rounds,
-            times_as_long={peer: timing.median / ours.median for peer, timing in timings.items()},
-        )
+        record(case=case, peer="ours", **figures, **also)
 
     return run
+
+
+def _quartiles(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
+    lower, _, upper = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return [lower, upper]
 
 
 def _on_cpu(benchmark: Any, calls: Sequence[Call], smoke: bool) -> Timing:

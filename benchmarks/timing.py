@@ -100,11 +100,11 @@ def _between_events(function: Call, count: int, budget: float) -> Timing:
     return Timing.of([once() / count for _ in range(rounds)])
 
 
-def time_host(calls: Sequence[Call], rounds: int = ROUNDS) -> Timing:
+def time_host(calls: Sequence[Call], rounds: int = ROUNDS, warmup: int = 3) -> Timing:
     """Time until a call returns: on the CPU all of it, on CUDA what the host spends before the device is done."""
     turns = itertools.cycle(calls)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(3):
+    for _ in range(warmup):
         next(turns)()
     seconds = []
     for _ in range(rounds):
