@@ -3,17 +3,20 @@
 # make test-all   make test, then what it left out: the tests marked slow, whose reasons it prints
 # make test-real   fetch two real models (0.35 GB, kept in ~/.cache/shifcon_fast) and run the tests that need them
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
+# make bench  run the benchmarks of this device in at most MINUTES (20), and write the tables of docs/performance.md anew
+# make performance   write those tables alone, from the records under benchmarks/results
 # make architectures   write the table of docs/architectures.md anew, from the rows and their tests
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo-output
+MINUTES ?= 20
 BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc" -not -name "*.md")
 
-.PHONY: demo test test-all test-real lint sanitize architectures aot format clean lock
+.PHONY: demo test test-all test-real lint sanitize bench performance architectures aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -43,6 +46,14 @@ lint: $(VENV)/.ready
 sanitize: $(VENV)/.ready
 	$(BIN)/python scripts/sanitize.py address
 	$(BIN)/python scripts/sanitize.py thread
+
+# The tables are made of what was measured, also where a suite had no time left; make says so after it.
+bench: $(VENV)/.ready
+	$(BIN)/python -P benchmarks/bench.py --minutes $(MINUTES); status=$$?; \
+		$(BIN)/python -P benchmarks/document.py --write && exit $$status
+
+performance: $(VENV)/.ready
+	$(BIN)/python -P benchmarks/document.py --write
 
 architectures: $(VENV)/.ready
 	$(BIN)/python -P scripts/architecture_table.py --write

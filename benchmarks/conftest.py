@@ -297,11 +297,11 @@ def take_turns(
 ) -> Callable[..., None]:
     """Time several peers call by call in turn, so that noise which outlasts a call meets all of them alike.
 
-    ``take_turns({peer: calls, …}, case=…, moved=…, copied=…, several=…, **also)``; one peer is "ours". On CUDA a
-    call ends when the device is done. A call is made ``several`` times between two looks at the clock. Recorded are,
-    for "ours", ms, rounds, ``times_as_long`` (the median time of every other peer over that of ours), ``quartiles``
-    (of the same ratio, turn by turn) and what is given as ``also``. Where ``moved`` (the bytes that ours must move)
-    and ``copied`` (those that the peer "copy" moves) are given, ``percent_of_copy`` as well.
+    ``take_turns({peer: calls, …}, case=…, moved=…, copied=…, several=…, **also)``; one peer is "ours". On CUDA
+    a call ends when the device is done. A call is made ``several`` times between two looks at the clock.
+    Recorded are, for "ours", ms, rounds, ``times_as_long`` (the median time of every other peer over that of
+    ours), ``quartiles`` (of the same ratio, turn by turn) and what is given as ``also``. Where ``moved`` (the
+    bytes that ours must move) and ``copied`` (those that the peer "copy" moves) are given, ``percent_of_copy``.
     """
     budget = pytestconfig.getoption("--turn-seconds")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -38,7 +38,7 @@ def test_flops_need_a_dtype(measure):
 
 def call(suite: str, folder: Path, *options: str, stub: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a suite of benchmarks beside the real conftest."""
-    for name in ("conftest.py", "timing.py", "ceilings.py", "goals.py"):
+    for name in ("conftest.py", "timing.py", "ceilings.py", "goals.py", "levels.py"):
         (folder / name).write_bytes((REPOSITORY / "benchmarks" / name).read_bytes())
     (folder / "test_suite.py").write_text(suite, encoding="utf-8")
     command = [

@@ -1,11 +1,11 @@
 """Run the benchmark suites of this device, within so many minutes; write results/<device>/ (``make bench``).
 
-    python benchmarks/run.py [--minutes 20] [--suite NAME]... [--out DIR] [--smoke]
+    python benchmarks/bench.py [--minutes 20] [--suite NAME]... [--out DIR] [--smoke]
 
 A suite is a process of pytest-benchmark, and its record one JSON file. A suite that does not fit into the minutes
 that are left is not started, and said; what was there of it before stays. On the CPU operators are timed at the
-best level of vector instructions and, held to it, at AVX2, which most machines have (``levels.py``); the ratios that
-``make test-all`` compares with (``ratios.py``) on one thread.
+best level of vector instructions and, held to it, at AVX2, which most machines have (``levels.py``); the ratios
+that ``make test-all`` compares with (``ratios.py``) on one thread.
 """
 
 from __future__ import annotations
