@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -255,7 +256,8 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         """Also has gradients watched that are not finite (float16's scaler handles its own)."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and self.accelerator.scaler is None:
-            self._watch.note({"gradient norm": torch.as_tensor(norm)}, self.state.global_step + 1)
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            self._watch.note({"gradient norm": whole}, self.state.global_step + 1)
         return norm
 
     def _check_finite(self, before: int | None = None) -> None:
