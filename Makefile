@@ -52,8 +52,10 @@ bench: $(VENV)/.ready
 	$(BIN)/python -P benchmarks/bench.py --minutes $(MINUTES); status=$$?; \
 		$(BIN)/python -P benchmarks/document.py --write && exit $$status
 
+GROWTH := $(wildcard benchmarks/results/growth/*.json)
 performance: $(VENV)/.ready
 	$(BIN)/python -P benchmarks/document.py --write
+	$(if $(GROWTH),$(BIN)/python -P benchmarks/growth_plot.py $(GROWTH))
 
 architectures: $(VENV)/.ready
 	$(BIN)/python -P scripts/architecture_table.py --write

@@ -42,12 +42,16 @@ def on_cpu(record: Record) -> bool:
     return not on_cuda(record)
 
 
+def _short(processor: str) -> str:
+    return " ".join(processor.replace("(R)", "").replace("Processor", "").split())
+
+
 def device(record: Record) -> str:
     """What it was measured on, as a column says it."""
     about = record["machine_info"]
     if on_cuda(record):
         return str(about["device"])
-    name = str(about["cpu"].get("brand_raw", "a CPU")).replace("(R)", "").replace("Processor", "").strip()
+    name = _short(str(about["cpu"].get("brand_raw", "a CPU")))
     level = about.get("level", "best level")
     kept = ", held to it" if "ATEN_CPU_CAPABILITY" in about["environment"] else ""
     return f"{name}, {level}{kept}, {about['threads']} threads, torch {about['packages']['torch']}"
@@ -260,6 +264,70 @@ _STEP: dict[str, Callable[[Row], str]] = {
     "Loss": lambda row: f"{row['loss']:.4f}",
 }
 
+# --- records that are not pytest-benchmark's: what a part of the step costs
+
+
+def machine(record: Record) -> str:
+    """What a record of ``machine.py``, or of a script of its own, was measured on."""
+    about = record.get("machine", record)
+    name = about.get("device", "cpu")
+    if name == "cpu":
+        name = _short(about["processor"])
+        levels = about.get("instructions", [])
+        name += f" ({levels[-1]})" if levels else ""
+    return f"{name}, torch {about['versions']['torch'].split('+')[0]}"
+
+
+def cached_pairs(record: Record) -> list[Row]:
+    """Gradient caching, one row per shape."""
+    return [
+        {
+            "case": size,
+            "pairs": row["cached"][0]["pairs"],
+            "one": row["one pass"][0]["pairs"],
+            "time": row["time per pair, cached / one pass"],
+            "memory": row["peak, cached / one pass"],
+            "checkpointing": record.get("checkpointing", False),
+        }
+        for size, row in record["sizes"].items()
+    ]
+
+
+_CACHED: dict[str, Callable[[Row], str]] = {
+    "Shape": lambda row: row["case"],
+    "Pairs": lambda row: f"{row['pairs']} in passes of {row['one']}",
+    "Blocks checkpointed": lambda row: "yes" if row["checkpointing"] else "no",
+    "Time per pair ÷ one pass": lambda row: f"{row['time']:.2f}",
+    "Peak memory ÷ one pass": lambda row: f"{row['memory']:.2f}",
+}
+_PROCESSES: dict[str, Callable[[Row], str]] = {
+    "Shape": lambda row: row["size"],
+    "Cores": lambda row: str(row["cores"]),
+    "Two processes ÷ one": lambda row: f"{row['two processes / one']:.3f}",
+    "Loss, one process": lambda row: f"{row['one process'][0]['loss']:.6f}",
+    "Loss, two": lambda row: f"{row['two processes'][0]['loss']:.6f}",
+}
+
+
+def loss_ways(record: Record) -> list[Row]:
+    """The loss without logits, one row per shape, dtype and share of learnt tokens."""
+    return [{**case, "tokens": record["tokens"]} for case in record["cases"]]
+
+
+def _way(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['median'][name]:.2f} s, {row['peak_mib'][name]} MiB"
+
+
+_LOSS: dict[str, Callable[[Row], str]] = {
+    "Shape": lambda row: row["shape"],
+    "dtype": lambda row: row["dtype"],
+    "Learnt tokens": lambda row: f"{row['learnt']} of {row['tokens']}",
+    "All logits": _way("all logits"),
+    "Logits of the learnt": _way("learnt logits"),
+    "Chunked": _way("chunked"),
+    "Loss: all logits, chunked": lambda row: f"{row['loss']['all logits']:.5f}, {row['loss']['chunked']:.5f}",
+}
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs,
     "turns": turns,
@@ -285,4 +353,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     ),
     "step on a CPU": Listing("*/step.json", _STEP, rows=step_rows, wanted=on_cpu),
     "step on a GPU": Listing("*/step.json", _STEP, rows=step_rows, wanted=on_cuda),
+    "loss without logits": Listing("chunked_loss/*.json", _LOSS, rows=loss_ways, about=machine),
+    "gradient caching": Listing("gradient_cache/*.json", _CACHED, rows=cached_pairs, about=machine),
+    "two processes": Listing("processes/*.json", _PROCESSES, rows=lambda record: [record], about=machine),
 }
