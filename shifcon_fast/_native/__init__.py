@@ -10,8 +10,10 @@ name: one that was built elsewhere, with sanitizers for example (``make sanitize
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,6 +77,14 @@ def load(library: str) -> str | None:
             f"{_HOW_TO_BUILD[library]}"
         )
     return None
+
+
+@cache
+def operator(library: str, name: str) -> Callable[..., Any]:
+    """What calls an operator of a loaded library; asking ``torch.ops`` at every call costs a microsecond."""
+    overload = getattr(getattr(torch.ops, f"shifcon_fast_{library}"), name).default
+    called: Callable[..., Any] = getattr(overload, "_op", overload)  # without a Python frame in between
+    return called
 
 
 def cpu_level() -> str | None:

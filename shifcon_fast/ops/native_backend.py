@@ -1,11 +1,7 @@
 """The native backend: registers the compiled operators of csrc/, and says where they cannot run."""
 
-# ruff: noqa: PLR0917 - the arguments follow the operators' schemas, which are positional
-
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,10 +9,12 @@ from torch import Tensor
 
 from shifcon_fast import _native
 from shifcon_fast.ops import native_cuda
-from shifcon_fast.ops.registry import register_backend
+from shifcon_fast.ops.registry import in_place, register_backend
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _STYLES = {"llama": 0, "gemma": 1, "olmo": 2}
+
+Gradients = tuple[Tensor | None, ...]
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -28,58 +26,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return _native.load("cpu")
 
 
-@cache
-def _operator(name: str) -> Callable[..., Any]:
-    """What calls the compiled operator; asking ``torch.ops`` at every call costs a microsecond."""
-    overload = getattr(torch.ops.shifcon_fast_cpu, name).default
-    operator: Callable[..., Any] = getattr(overload, "_op", overload)  # without a Python frame in between
-    return operator
+def norm_forward(*args: Any) -> Any:
+    """The compiled norm takes the number of a style."""
+    return _native.operator("cpu", "add_shift_rms_norm")(*args[:-1], _STYLES[args[-1]])
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    eps: float,
-    style: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    y, h, rstd = _operator("add_shift_rms_norm")(x, weight, residual, shift, index, eps, _STYLES[style])
-    return y, (None if residual is None and shift is None else h), rstd
-
-
-def norm_backward(
-    grad_y: Tensor | None,
-    grad_h: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    index: Tensor | None,
-    languages: int,
-    style: str,
-    need_input: bool,
-    need_weight: bool,
-    need_shift: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    found = iter(
-        _operator("add_shift_rms_norm_backward")(
-            grad_y,
-            grad_h,
-            h,
-            weight,
-            rstd,
-            index,
-            languages,
-            _STYLES[style],
-            need_input,
-            need_weight,
-            need_shift,
-        )
-    )
-    needs = (need_input, need_weight and grad_y is not None, need_shift)
-    grad_input, grad_weight, grad_shift = (next(found) if needed else None for needed in needs)
-    return grad_input, grad_weight, grad_shift
+def norm_backward(grad_y: Tensor | None, *args: Any) -> Gradients:
+    """Likewise; without a gradient of y there is none of the weight."""
+    need_input, need_weight, need_shift = args[-3:]
+    needs = need_input, need_weight and grad_y is not None, need_shift
+    operator = _native.operator("cpu", "add_shift_rms_norm_backward")
+    return in_place(operator(grad_y, *args[:-4], _STYLES[args[-4]], *needs), needs)
 
 
 register_backend(
@@ -93,52 +50,32 @@ register_backend(
 )
 
 
-def pool_forward(h: Tensor, mask: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    pooled, factor = _operator("masked_mean_pool")(h, mask, normalize)
-    return pooled, factor
-
-
-def pool_backward(
-    grad: Tensor, pooled: Tensor, factor: Tensor, mask: Tensor, dtype: torch.dtype, normalize: bool
-) -> Tensor:
-    gradient: Tensor = _operator("masked_mean_pool_backward")(grad, pooled, factor, mask, dtype, normalize)
-    return gradient
-
-
-register_backend(
-    "masked_mean_pool", "native", forward=pool_forward, backward=pool_backward, unavailable=unavailable
-)
-
-
 def projection_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The projection is compiled for CUDA, too."""
     return (native_cuda.unavailable if device.type == "cuda" else unavailable)(device, dtype)
 
 
-def projection_forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    if x.is_cuda:
-        return native_cuda.forward(x, mean, basis, source, target)
-    moved: Tensor = _operator("subspace_project")(x, mean, basis, source, target)
-    return moved
+def projection_forward(x: Tensor, *args: Any) -> Any:
+    """The compiled projection always takes a target."""
+    *tables, source, target = args
+    run = native_cuda.forward if x.is_cuda else _native.operator("cpu", "subspace_project")
+    return run(x, *tables, source, _target(source, target))
 
 
-def projection_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    mean: Tensor,
-    basis: Tensor,
-    source: Tensor,
-    target: Tensor,
-    need_x: bool,
-    need_mean: bool,
-    need_basis: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs = (need_x, need_mean, need_basis)
+def projection_backward(grad: Tensor, *args: Any) -> Gradients:
+    """Likewise."""
+    *others, source, target, need_x, need_mean, need_basis = args
+    args = (*others, source, _target(source, target), need_x, need_mean, need_basis)
     if grad.is_cuda:
-        return native_cuda.backward(grad, x, mean, basis, source, target, *needs)
-    found = iter(_operator("subspace_project_backward")(grad, x, mean, basis, source, target, *needs))
-    grad_x, grad_mean, grad_basis = (next(found) if needed else None for needed in needs)
-    return grad_x, grad_mean, grad_basis
+        return native_cuda.backward(grad, *args)
+    found = _native.operator("cpu", "subspace_project_backward")(grad, *args)
+    return in_place(found, args[-3:])
+
+
+def _target(source: Tensor, target: Tensor | None) -> Tensor:
+    if target is not None and target.shape != source.shape:
+        raise ValueError("target: wanted source's shape")
+    return source if target is None else target
 
 
 register_backend(
@@ -152,58 +89,21 @@ register_backend(
 )
 
 
-def similarity_forward(a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool) -> Tensor:
-    similarity: Tensor = _operator("contrastive_similarity")(a, b, scale, normalize, recenter)
-    return similarity
+def _register_as_it_is(operator: str, gradients: int) -> None:
+    """An operator whose compiled functions take what a backend gets, and return a list of ``gradients``, or one."""
 
+    def forward(*args: Any) -> Any:
+        return _native.operator("cpu", operator)(*args)
 
-def similarity_backward(
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    normalize: bool,
-    recenter: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    found = iter(
-        _operator("contrastive_similarity_backward")(grad, a, b, scale, normalize, recenter, need_a, need_b)
-    )
-    return next(found) if need_a else None, next(found) if need_b else None
+    def backward(*args: Any) -> Any:
+        found = _native.operator("cpu", f"{operator}_backward")(*args)
+        return in_place(found, args[-gradients:]) if gradients > 1 else found
 
-
-def nce_forward(
-    a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, row_parts, column_parts = _operator("info_nce")(a, b, scale, normalize, recenter)
-    return loss, row_parts, column_parts
-
-
-def nce_backward(
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    row_parts: Tensor,
-    column_parts: Tensor,
-    scale: float,
-    normalize: bool,
-    recenter: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    found = iter(
-        _operator("info_nce_backward")(
-            grad, a, b, row_parts, column_parts, scale, normalize, recenter, need_a, need_b
-        )
-    )
-    return next(found) if need_a else None, next(found) if need_b else None
-
-
-for _name, _forward, _backward in (
-    ("contrastive_similarity", similarity_forward, similarity_backward),
-    ("info_nce", nce_forward, nce_backward),
-):
     register_backend(
-        _name, "native", forward=_forward, backward=_backward, unavailable=unavailable, calls_torch=False
+        operator, "native", forward=forward, backward=backward, unavailable=unavailable, calls_torch=False
     )
+
+
+_register_as_it_is("masked_mean_pool", gradients=1)
+_register_as_it_is("info_nce", gradients=2)
+_register_as_it_is("contrastive_similarity", gradients=2)

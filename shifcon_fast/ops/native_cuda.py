@@ -6,18 +6,15 @@ it would cost a synchronisation, and nothing is read with it. Tables of another 
 want (mean float32; basis x's dtype, contiguous, a rank that is a multiple of 16) are converted at every call.
 """
 
-# ruff: noqa: PLR0917 - the arguments follow the operator's schema, which is positional
-
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shifcon_fast import _native
+from shifcon_fast.ops.registry import in_place
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = (8, 0)
@@ -36,32 +33,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return _native.load("cuda")
 
 
-@cache
-def _operator(name: str) -> Callable[..., Any]:
-    overload = getattr(torch.ops.shifcon_fast_cuda, name).default
-    operator: Callable[..., Any] = getattr(overload, "_op", overload)
-    return operator
+def forward(*args: Any) -> Any:
+    """Return x′, contiguous, in x's dtype. Takes what a backend gets; with a target."""
+    return _native.operator("cuda", "subspace_project")(*args)
 
 
-def forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Return x′, contiguous, in x's dtype."""
-    moved: Tensor = _operator("subspace_project")(x, mean, basis, source, target)
-    return moved
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    mean: Tensor,
-    basis: Tensor,
-    source: Tensor,
-    target: Tensor,
-    need_x: bool,
-    need_mean: bool,
-    need_basis: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(*args: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of x (its dtype), mean and basis (float32); x is only there when the basis needs it."""
-    needs = (need_x, need_mean, need_basis)
-    found = iter(_operator("subspace_project_backward")(grad, x, mean, basis, source, target, *needs))
-    grad_x, grad_mean, grad_basis = (next(found) if needed else None for needed in needs)
-    return grad_x, grad_mean, grad_basis
+    found = _native.operator("cuda", "subspace_project_backward")(*args)
+    return in_place(found, args[-3:])

@@ -1,8 +1,9 @@
 """Which backend runs an operator, why not a faster one, and how often each one ran.
 
 A *backend* supplies a forward and a backward function for one operator, plus a function that says why it cannot run
-on a device and dtype (``None`` when it can). The operators' schemas, validation, fake implementations and autograd
-are written once, above this seam; see ``docs/operators.md`` for what a backend may assume.
+on a device and dtype (``None`` when it can). What else there is to an operator, its schema, checks, fake
+implementation and gradients, is described once, above this seam; see ``docs/operators.md`` for what a backend may
+assume.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -46,7 +47,7 @@ class SlowBackendWarning(UserWarning):
 class Backend:
     """One operator's implementation; ``unavailable(device, dtype)`` gives the reason it cannot run, or ``None``.
 
-    A backend that ``checks_arguments`` raises, whatever it is given, before it touches memory.
+    A backend that ``checks_arguments`` raises, whatever it is given on the CPU, before it touches memory.
     """
 
     operator: str
@@ -95,8 +96,8 @@ def register_backend(
         forward, backward: take and return what the reference backend's functions of the same operator do.
         unavailable: ``(device, dtype) -> reason | None``; constant within a process, its answers are cached.
         checks_arguments: its forward raises on any argument that the operator refuses (shapes, dtypes, devices,
-            language ids, numbers) before it touches memory. Calls on plain tensors then skip the operator's own
-            checks, which make the message after a failure.
+            language ids, numbers) before it touches memory, if the first is a CPU tensor. Calls on plain CPU
+            tensors then skip the operator's own checks, which make the message after a failure.
         calls_torch: its functions use PyTorch operators, which must be kept from autocast.
 
     Raises:
@@ -175,26 +176,28 @@ def _kept_from_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return kept
 
 
-def _run(backend: Backend, counted: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    with _calls_lock:
-        _calls[counted, backend.name] += 1
-    return function(*args)
-
-
-def run(backend: Backend, *args: Any) -> Any:
+def run(backend: Backend, args: tuple[Any, ...]) -> Any:
     """Run and count the forward of a selected backend."""
-    return _run(backend, backend.operator, backend.forward, args)
+    with _calls_lock:
+        _calls[backend.operator, backend.name] += 1
+    return backend.forward(*args)
 
 
-def run_forward(operator: str, impl: str, like: torch.Tensor, *args: Any) -> Any:
-    """Run and count the forward of ``operator`` on the backend for ``like``'s device and dtype."""
-    return run(select(operator, impl, like.device, like.dtype), *args)
+def run_backward(backend: Backend, args: tuple[Any, ...]) -> Any:
+    """Run and count the backward of a selected backend."""
+    with _calls_lock:
+        _calls[f"{backend.operator}_backward", backend.name] += 1
+    return backend.backward(*args)
 
 
-def run_backward(operator: str, impl: str, device: torch.device, dtype: torch.dtype, *args: Any) -> Any:
-    """Run and count the backward of ``operator`` on the backend that ran its forward, for inputs of ``dtype``."""
-    backend = select(operator, impl, device, dtype)
-    return _run(backend, f"{operator}_backward", backend.backward, args)
+def in_place(gradients: Sequence[torch.Tensor], needed: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """Gradients, of which only those needed are there, with ``None`` in the place of each other one."""
+    found: list[torch.Tensor | None] = []
+    at = 0
+    for each in needed:
+        found.append(gradients[at] if each else None)
+        at += each
+    return tuple(found)
 
 
 def call_counts() -> dict[tuple[str, str], int]:

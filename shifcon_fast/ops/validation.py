@@ -84,8 +84,9 @@ def check_index_range(name: str, index: torch.Tensor, count: int) -> None:
 def check_pair(a: Any, b: Any) -> None:
     """``a`` and ``b`` are (N, d) and (M, d), or (L, N, d) and (L, M, d), of one dtype on one device."""
     check_floating("a", a)
-    check_floating("b", b)
-    check_same_dtype("b", b, "a", a)
+    if not isinstance(b, torch.Tensor) or b.dtype != a.dtype:
+        check_floating("b", b)
+        check_same_dtype("b", b, "a", a)
     if a.ndim not in (2, 3) or a.shape[-1] == 0:
         raise ValueError(f"a: got shape {tuple(a.shape)}; wanted (N, d) or (L, N, d) with d >= 1")
     if b.ndim != a.ndim or b.shape[-1] != a.shape[-1] or (a.ndim == 3 and b.shape[0] != a.shape[0]):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from shifcon_fast import _native, ops
-from shifcon_fast.ops import native_backend
+from shifcon_fast.ops import registry
 
 if (_missing := _native.load("cpu")) is not None:
     pytest.skip(f"{_missing}; compile it with `pip install -e .`", allow_module_level=True)
@@ -248,8 +248,9 @@ def test_a_gradient_for_one_side_only(function: Function, rows: int, recenter: b
 
 def test_no_gradient_and_nothing_to_compare() -> None:
     a, b = pair(2, 3, 3, 4)
-    _, rows, columns = native_backend.nce_forward(a, b, 1.0, True, True)
-    assert native_backend.nce_backward(torch.ones(2), a, b, rows, columns, 1.0, True, True, False, False) == (
+    native = registry.select("info_nce", "native", a.device, a.dtype)
+    _, rows, columns = native.forward(a, b, 1.0, True, True)
+    assert native.backward(torch.ones(2), a, b, rows, columns, 1.0, True, True, False, False) == (
         None,
         None,
     )

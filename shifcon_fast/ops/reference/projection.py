@@ -22,20 +22,22 @@ def _per_row(index: Tensor, x: Tensor) -> Tensor:
     return index.expand(x.shape[:-1]).reshape(-1)
 
 
-def _groups(source: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _groups(source: Tensor, target: Tensor | None, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (target language, row numbers, their source languages), rows with an id of -1 left out."""
+    target = _per_row(source if target is None else target, x)
+    source = _per_row(source, x)
     moved = (source >= 0) & (target >= 0)
     for language in target[moved].unique().tolist():  # synchronises on CUDA
         rows = (moved & (target == language)).nonzero().squeeze(-1)
         yield language, rows, source[rows]
 
 
-def forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def forward(x: Tensor, mean: Tensor, basis: Tensor, source: Tensor, target: Tensor | None) -> Tensor:
     """Return x′, contiguous, in x's dtype."""
     compute = compute_dtype(x.dtype)
     rows_of_x = x.reshape(-1, x.shape[-1])
     result = rows_of_x.clone()
-    for language, rows, sources in _groups(_per_row(source, x), _per_row(target, x)):
+    for language, rows, sources in _groups(source, target, x):
         directions = basis[language].to(compute)
         centred = rows_of_x[rows].to(compute) - mean[sources].to(compute)
         moved = centred @ directions @ directions.T + mean[language].to(compute)
@@ -49,7 +51,7 @@ def backward(
     mean: Tensor,
     basis: Tensor,
     source: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     need_x: bool,
     need_mean: bool,
     need_basis: bool,
@@ -62,7 +64,7 @@ def backward(
     grad_x = rows_of_grad.clone() if need_x else None
     grad_mean = mean.new_zeros(mean.shape, dtype=compute) if need_mean else None
     grad_basis = basis.new_zeros(basis.shape, dtype=compute) if need_basis else None
-    for language, rows, sources in _groups(_per_row(source, grad), _per_row(target, grad)):
+    for language, rows, sources in _groups(source, target, grad):
         directions = basis[language].to(compute)
         upper = rows_of_grad[rows].to(compute)
         coefficients = upper @ directions
