@@ -13,7 +13,7 @@ from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.training.language_column import LanguageCollator
 from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.sharding import gather_weights
+from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer, gather_weights
 from shifcon_fast.training.training_data import text_tokenizer
 from shifcon_fast.training.trl_columns import LanguageColumns, add_language_ids
 
@@ -25,7 +25,7 @@ REFERENCE = "ref"
 """What TRL calls the copy of an adapter that it compares with."""
 
 
-class ShifConDPOTrainer(LanguageColumns, DPOTrainer):
+class ShifConDPOTrainer(LanguageColumns, ShardedTrainer, DPOTrainer):
     """``DPOTrainer`` whose answers are shifted by the language of their row, in policy and reference.
 
     The plain ``DPOTrainer`` takes an attached model too, whose ``model.shifcon.language`` then says the language of
@@ -72,6 +72,7 @@ class ShifConDPOTrainer(LanguageColumns, DPOTrainer):
             kwargs["data_collator"], repeats=2
         )  # chosen, then rejected
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
+        self.add_callback(CheckUnits())
 
     def _check_reference(self, model: Any, reference: Any, peft_config: Any) -> None:
         if reference is not None:

@@ -8,14 +8,17 @@ the model around them, whose hooks therefore gather nothing for it: each block h
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.fingerprint import model_fingerprint
@@ -53,6 +56,43 @@ def check_fsdp_version(plugin_arguments: Mapping[str, Any] | None) -> None:
         raise ValueError(
             f"fsdp_version: got {version}; wanted 2: FSDP1 flattens a block's frozen 4-bit weights and adapters "
             "into one parameter"
+        )
+
+
+class ShardedTrainer:
+    """Mixin of trainers: what their accelerator shards is what was asked for, or refused."""
+
+    args: Any
+    accelerator: Any
+    is_fsdp_enabled: bool
+
+    def create_accelerator_and_postprocess(self) -> None:
+        check_fsdp_version(self.args.fsdp_plugin_args)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        check_processes(self.accelerator)
+        if engage_fsdp(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
+
+
+class CheckUnits(TrainerCallback):
+    """See :func:`check_units`, once the model is sharded."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_units(model)
+
+
+def check_processes(accelerator: Any) -> None:
+    """See to it that accelerate knows of all processes.
+
+    Raises:
+        ValueError: it takes each of several for the only one, as accelerate (1.15) does with DeepSpeed on the CPU:
+            each would read the same rows and count its own tokens alone.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() != accelerator.num_processes:
+        raise ValueError(
+            f"accelerate: takes each of {dist.get_world_size()} processes for one of {accelerator.num_processes} "
+            f"({accelerator.state.distributed_type.value}, {accelerator.device}); wanted another engine here: "
+            "DeepSpeed needs a GPU, DDP and FSDP2 run on the CPU as well"
         )
 
 
@@ -148,7 +188,8 @@ def gather_weights(model: nn.Module) -> Gathered | None:
     """
     if not any(_is_part(parameter) for parameter in model.parameters()):
         return None
-    fingerprint = model_fingerprint(model)
+    with _together(model.get_input_embeddings().parameters()):  # type: ignore[operator]
+        fingerprint = model_fingerprint(model)
     return Gathered({name: _whole(each) for name, each in saved_weights(model).items()}, fingerprint)
 
 
@@ -161,9 +202,15 @@ def _is_part(parameter: Tensor) -> bool:
 def _whole(parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach().cpu()
-    if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+    with _together([parameter]):
+        return parameter.detach().cpu().clone()
 
-        with GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone()
-    return parameter.detach().cpu()
+
+def _together(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Inside, parameters that ZeRO-3 has taken apart are whole."""
+    apart = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not apart:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(apart)

@@ -40,13 +40,13 @@ from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.run_readme import RunReadme
-from shifcon_fast.training.sharding import check_fsdp_version, check_units, engage_fsdp, gather_weights
+from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer, gather_weights
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class ShifConTrainer(LanguageLog, RunReadme, Trainer):
+class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
     What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
@@ -128,13 +128,8 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
         self._interrupt = InterruptOnce()
         self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
+        self.add_callback(CheckUnits())
         self.add_callback(_StepEnd(self))
-
-    def create_accelerator_and_postprocess(self) -> None:
-        check_fsdp_version(self.args.fsdp_plugin_args)
-        super().create_accelerator_and_postprocess()
-        if engage_fsdp(self.accelerator, self.args.fsdp_plugin_args):
-            self.is_fsdp_enabled = True
 
     def _set_up_method(self, model: Any, args: ShifConArguments, tokenizer: Any, parallel: Any) -> None:
         languages = None if self.handle is None else self.handle.shift.languages
@@ -485,6 +480,12 @@ class ShifConTrainer(LanguageLog, RunReadme, Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_vectors(Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which loads the weights by itself
+            check_same_run(Path(checkpoint), self.handle)
+            self._load_vectors(Path(checkpoint))
+
     def _load_best_model(self) -> None:
         with shift_is_not_lost():
             super()._load_best_model()
@@ -512,7 +513,6 @@ class _StepEnd(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        check_units(self._trainer.model)
         if args.use_liger_kernel and self._trainer.handle is not None:  # it has just replaced the forward
             name_language_ids(self._trainer.handle.model)
 

@@ -87,10 +87,12 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
         parallel=parallel,
         space=space,
     )
-    if run.overwrite:
-        _clear(output)  # not before: what the new run was refused for must not cost the old one
-    if estimated:
-        space.save(own)
+    if trainer.is_world_process_zero():
+        if run.overwrite:
+            _clear(output)  # not before: what the new run was refused for must not cost the old one
+        if estimated:
+            space.save(own)
+    trainer.accelerator.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=resume)
     return (
         f"{result.global_step} steps, training loss {result.training_loss:.4f}; the run is in {output}\n"

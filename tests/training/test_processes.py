@@ -80,17 +80,8 @@ def write_data(
     space.save(folder / "space")
 
 
-@pytest.fixture(scope="module")
-def together(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Path,
-    space: LanguageSpace,
-    instructions: list[Instruction],
-    parallel_text: dict[str, list[str]],
-) -> Path:
-    """A folder with what two processes found; see worker.py. They are started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("together")
-    write_data(folder, instructions, parallel_text, space)
+def start(folder: Path, checkpoint: Path, *arguments: str, **environment: str) -> list[int]:
+    """Run two workers in ``folder``, started as torchrun starts them; how they ended."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -99,19 +90,35 @@ def together(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         with (folder / f"output-{rank}").open("w") as output:
-            command = [sys.executable, "-P", str(WORKER), str(tiny_checkpoint), str(folder)]
-            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-            running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            command = [sys.executable, "-P", str(WORKER), str(checkpoint), str(folder), *arguments]
+            variables = {**os.environ, **{name: str(value) for name, value in place.items()}, **environment}
+            running.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
     try:
         for each in running:
             each.wait(timeout=250)
     finally:
         for each in running:
             each.kill()
-    codes = [each.wait() for each in running]
-    # The second one is killed at the end, and the first one then ends with an error.
-    said = "\n".join((folder / f"output-{rank}").read_text()[-4000:] for rank in (0, 1))
-    assert (folder / "killed.json").is_file(), said
+    return [each.wait() for each in running]
+
+
+def said(folder: Path) -> str:
+    return "\n".join((folder / f"output-{rank}").read_text()[-4000:] for rank in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def together(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path,
+    space: LanguageSpace,
+    instructions: list[Instruction],
+    parallel_text: dict[str, list[str]],
+) -> Path:
+    """A folder with what two processes found; see worker.py."""
+    folder = tmp_path_factory.mktemp("together")
+    write_data(folder, instructions, parallel_text, space)
+    codes = start(folder, tiny_checkpoint)
+    assert (folder / "killed.json").is_file(), said(folder)  # the last thing that happens
     (folder / "codes.json").write_text(json.dumps(codes))
     return folder
 
@@ -153,7 +160,16 @@ def read(folder: Path, name: str) -> Any:
 def test_losses_gradients_vectors_and_runs_are_those_of_one_process(
     engine: str, wrapper: str, together: Path, alone: Any
 ) -> None:
-    trainer, evaluation, gradients = alone
+    same_as_alone(together, engine, wrapper, alone)
+    gradients = alone[2]
+    stored = load_file(together / f"{engine}.st")
+    assert stored.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(stored[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def same_as_alone(together: Path, engine: str, wrapper: str, alone: Any) -> None:
+    trainer, evaluation, _ = alone
     found = read(together, engine)
     assert found["processes"] == 2
     assert found["model"] == wrapper
@@ -168,11 +184,6 @@ def test_losses_gradients_vectors_and_runs_are_those_of_one_process(
     losses = {name: value for name, value in evaluation.items() if name.startswith("eval_loss_")}
     assert "eval_loss_sw" in losses
     assert {name: found["evaluation"][name] for name in losses} == pytest.approx(losses, rel=1e-5)
-    stored = load_file(together / f"{engine}.st")
-    assert stored.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(stored[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-
     run = sf.load(together / engine)
     assert isinstance(run, PeftModel)
     torch.testing.assert_close(run.shifcon.shift.vectors, trainer.handle.shift.vectors, rtol=1e-5, atol=1e-6)
@@ -183,8 +194,16 @@ def test_losses_gradients_vectors_and_runs_are_those_of_one_process(
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_resumed_run_goes_on_exactly(engine: str, together: Path) -> None:
+    goes_on_exactly(together, engine)
+
+
+def goes_on_exactly(together: Path, engine: str) -> None:
     found = read(together, engine)
-    assert found["resumed_exactly"]
+    whole, resumed = (
+        load_file(together / name / "adapter_model.safetensors") for name in (engine, f"{engine}-resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     for name in ("loss", "loss_contrastive", "loss_generation", "grad_norm", "step"):
         assert found["resumed"][name] == found["log"][1][name]
 
@@ -238,3 +257,23 @@ def test_a_killed_process_ends_the_others_with_an_error(together: Path) -> None:
     found = read(together, "killed")
     assert found["seconds"] < 60
     assert found["error"].startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
+
+
+@pytest.mark.slow("DeepSpeed compiles an extension, a minute")
+def test_deepspeed(
+    *,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    space: LanguageSpace,
+    instructions: list[Instruction],
+    parallel_text: dict[str, list[str]],
+    alone: Any,
+) -> None:
+    """On the CPU, for which accelerate has to be told of gloo by hand."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
+    write_data(tmp_path, instructions, parallel_text, space)
+    assert start(tmp_path, tiny_checkpoint, "zero2", "zero3", DS_ACCELERATOR="cpu") == [0, 0], said(tmp_path)
+    for engine in ("zero2", "zero3"):
+        same_as_alone(tmp_path, engine, "DeepSpeedEngine", alone)
+        goes_on_exactly(tmp_path, engine)
+    assert read(tmp_path, "zero3")["held"] < 0.1 * read(tmp_path, "zero2")["held"], "nothing was sharded"

@@ -1,7 +1,8 @@
-"""One of two processes that train together on the CPU: python worker.py CHECKPOINT FOLDER
+"""One of two processes that train together on the CPU: python worker.py CHECKPOINT FOLDER [zero2] [zero3]
 
 What test_processes.py looks at is written into FOLDER. Everything is in one process, since starting one takes
-longer than all that it does: DDP, then FSDP2, then what is refused, and at the end one process is killed.
+longer than all that it does: DDP, then FSDP2, then what is refused, and at the end one process is killed. Or else
+DeepSpeed, which needs a process of its own.
 """
 
 from __future__ import annotations
@@ -85,15 +86,12 @@ def write(name: str, found: Any) -> None:
 def train(name: str, **settings: Any) -> None:
     """A run with an evaluation, and what a second one goes on with from the first one's checkpoint."""
     recorder = Recorder()
-    trainer = make(name, callbacks=[recorder], **settings)
+    models = [load(), load()]  # before the arguments, which have transformers load for ZeRO-3
+    trainer = make(name, models[0], [recorder], **settings)
     trainer.train()
     metrics = trainer.evaluate()
-    resumed = make(f"{name}-resumed", **settings)
+    resumed = make(f"{name}-resumed", models[1], **settings)
     resumed.train(resume_from_checkpoint=str(FOLDER / name / "checkpoint-1"))
-    adapters = [
-        {key: whole(each).detach() for key, each in one.model.named_parameters() if each.requires_grad}
-        for one in (trainer, resumed)
-    ]
     log = trainer.state.log_history
     write(
         name,
@@ -104,10 +102,9 @@ def train(name: str, **settings: Any) -> None:
             "held": recorder.held,
             "model": type(trainer.model_wrapped).__name__,
             "resumed": resumed.state.log_history[1],
-            "resumed_exactly": all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0]),
         },
     )
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and recorder.gradients:  # DeepSpeed keeps them to itself
         save_file({key: each.contiguous() for key, each in recorder.gradients.items()}, FOLDER / f"{name}.st")
 
 
@@ -189,15 +186,35 @@ def killed() -> None:
         raise
 
 
+def deepspeed(stage: int) -> None:
+    zero = {
+        # Parameters as small as these would otherwise stay whole.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    train(f"zero{stage}", deepspeed=zero, use_cpu=False)
+
+
+def tell_accelerate_of_gloo() -> None:
+    """With DeepSpeed it takes each process on the CPU for the only one, which the trainer refuses."""
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
 if __name__ == "__main__":
     memory.clear_device_cache = lambda garbage_collection=False: None  # half a second of every training
-    for part in (
-        lambda: train("ddp"),
-        unequal_numbers_of_pairs,
-        lambda: train("fsdp", fsdp=True),
-        refusals,
-        killed,
-    ):
-        begin = time.monotonic()
-        part()
-        print(f"{time.monotonic() - begin:.1f} s", flush=True)
+    stages = [int(argument.removeprefix("zero")) for argument in sys.argv[3:]]
+    if stages:
+        tell_accelerate_of_gloo()
+        for stage in stages:
+            deepspeed(stage)
+    else:
+        train("ddp")
+        unequal_numbers_of_pairs()
+        train("fsdp", fsdp=True)
+        refusals()
+        killed()

@@ -1,0 +1,28 @@
+"""What a measurement was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LEVELS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, processor, instruction sets, cores and versions, for a record."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "processor": facts.get("model name", platform.machine()),
+        "instructions": [level for level in LEVELS if level in flags],
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
+    }
