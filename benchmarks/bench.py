@@ -5,7 +5,7 @@
 A suite is a process of pytest-benchmark, and its record one JSON file. A suite that does not fit into the minutes
 that are left is not started, and said; what was there of it before stays. On the CPU operators are timed at the
 best level of vector instructions and, held to it, at AVX2, which most machines have (``levels.py``); the ratios
-that ``make test-all`` compares with (``ratios.py``) on one thread.
+that ``make test-all`` compares with (``ratios.py``) on one thread, by the processor's time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Suite:
 
 AVX2 = levels.HELD["avx2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-CHECK = ("--turn-seconds", "3")
+CHECK = ("--turn-seconds", "3", "--cpu-clock")
 SUITES = (
     Suite("operators", ("test_ratios.py",), 4),
     Suite("operators_avx2", ("test_ratios.py",), 4, AVX2, devices=("cpu",)),
