@@ -37,15 +37,55 @@ app = typer.Typer(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Predict a training step of this Hugging Face id or folder.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Instructions of a micro-batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of an instruction with its response.")] = 128,
+    learnt: Annotated[float, typer.Option(help="Share of those tokens that is learnt (responses).")] = 0.5,
+    contrastive_batch: Annotated[int, typer.Option(help="Translation pairs; 0 for none.")] = 8,
+    length_pivot: Annotated[int, typer.Option(help="Tokens of a pivot sentence.")] = 48,
+    length_other: Annotated[int, typer.Option(help="Tokens of its translation.")] = 96,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    quantization: options.Quantization = "nf4",
+    dtype: options.Dtype = None,
+    forward: Annotated[int | None, typer.Option(help="Boundary f. Default: a third of the blocks.")] = None,
+    backward: Annotated[
+        int | None, typer.Option(help="Boundary b. Default: two thirds of the blocks.")
+    ] = None,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
-    """Say what this machine can do: versions, devices, NF4, and which backend each operator uses.
+    """Say what this machine can do: versions, devices, NF4, dtype, and which backend each operator uses.
 
     Where an operator could be faster here, it says what is missing. Its output belongs into a bug report.
+
+    With --model it predicts a training step of that model instead, from its config alone and from what a few blocks
+    of it take on this machine: peak memory, and where the time goes.
+
+        shifcon doctor --model org/model --batch 4 --length 512 --contrastive-batch 8
     """
     from shifcon_fast import doctor as examination
 
-    found = examination.examine()
-    typer.echo(json.dumps(found, indent=2) if as_json else examination.describe(found))
+    if model is None:
+        found = examination.examine()
+        typer.echo(json.dumps(found, indent=2) if as_json else examination.describe(found))
+        return
+    plan = examination.plan(
+        model,
+        quantization=quantization,
+        dtype=dtype,
+        forward=forward,
+        backward=backward,
+        trust_remote_code=trust_remote_code,
+        batch=batch,
+        length=length,
+        learnt=learnt,
+        contrastive_batch=contrastive_batch,
+        length_pivot=length_pivot,
+        length_other=length_other,
+        lora_r=lora_r,
+    )
+    typer.echo(json.dumps(plan.as_json(), indent=2) if as_json else examination.describe_plan(plan))
 
 
 @app.command()

@@ -7,12 +7,15 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shifcon_fast import _native, ops
 from shifcon_fast.extras import EXTRAS
+
+if TYPE_CHECKING:
+    from shifcon_fast.training.step_plan import StepPlan
 
 PACKAGES = (
     "shifcon-fast",
@@ -128,6 +131,58 @@ def examine() -> dict[str, Any]:
         "native": native(),
         "operators": [asdict(report) for report in ops.backend_report()],
     }
+
+
+def plan(
+    model: str,
+    *,
+    quantization: str = "nf4",
+    dtype: str | None = None,
+    forward: int | None = None,
+    backward: int | None = None,
+    trust_remote_code: bool = False,
+    **shape: Any,
+) -> StepPlan:
+    """What a training step of a model takes here; ``shape`` is that of :class:`.StepShape`.
+
+    Raises:
+        ValueError: a value out of range, no such model, or one boundary without the other.
+    """
+    from shifcon_fast.training.quantization import read_dtype
+    from shifcon_fast.training.step_plan import StepShape, plan_step
+
+    if (forward is None) != (backward is None):
+        raise ValueError(f"forward, backward: got {forward} and {backward}; wanted both, or neither")
+    return plan_step(
+        model,
+        StepShape(**shape),
+        quantization=quantization,  # type: ignore[arg-type]
+        dtype=read_dtype(dtype),
+        area=None if forward is None or backward is None else (forward, backward),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def describe_plan(plan: StepPlan) -> str:
+    """The result of :func:`plan` as text for a terminal."""
+    shape = plan.shape
+    lines = [
+        f"a step on {plan.device}, {plan.threads} threads, {plan.quantization} in {plan.dtype}: "
+        f"{shape.batch} x {shape.length} tokens, {shape.learnt:.0%} learnt; "
+        f"{shape.contrastive_batch} pairs of {shape.length_pivot} and {shape.length_other}; "
+        f"f, b = {plan.area[0]}, {plan.area[1]}; rank {shape.lora_r}",
+        "",
+        f"time             {plan.step:8.2f} s",
+    ]
+    lines += [f"  {name:14} {each:8.2f} s {each / plan.step:5.0%}" for name, each in plan.seconds.items()]
+    lines += [
+        "",
+        f"peak memory      {plan.peak / 2**20:8.0f} MiB of tensors, and what the process has besides",
+    ]
+    lines += [f"  {name:14} {each / 2**20:8.0f} MiB" for name, each in plan.bytes.items()]
+    if plan.device != "cpu":
+        lines += ["", "predictions for GPUs follow the same formula; they were not compared with one yet"]
+    return "\n".join(lines)
 
 
 def describe(found: dict[str, Any]) -> str:

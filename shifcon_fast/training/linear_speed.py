@@ -23,6 +23,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from shifcon_fast.storage import cache_root, read_json
+from shifcon_fast.training.nf4_linear import nf4_linear
 
 WORTH_IT = 1.25
 """How many times as fast bfloat16 must be to be chosen: less is noise, or lost again around the products."""
@@ -72,27 +73,9 @@ def measure(quantization: str) -> LinearSpeed:
     }
 
 
-def _layer(quantization: str, dtype: torch.dtype) -> nn.Module:
+def _layer(quantization: str, dtype: torch.dtype) -> Any:
     layer = nn.Linear(_WIDTH, _WIDTH, bias=False, dtype=dtype).requires_grad_(False)
-    if quantization != "nf4":
-        return layer
-    import bitsandbytes as bnb
-
-    packed = bnb.nn.Linear4bit(
-        _WIDTH,
-        _WIDTH,
-        bias=False,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    packed.weight = bnb.nn.Params4bit(
-        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
-    )
-    packed = packed.to("cpu")
-    packed.support_avx512bf16_for_cpu = False  # as keep_4bit_trainable has it
-    return packed
+    return nf4_linear(layer) if quantization == "nf4" else layer
 
 
 @functools.cache

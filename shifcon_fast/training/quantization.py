@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from shifcon_fast.notices import warn_once
 from shifcon_fast.storage import cache_root
 from shifcon_fast.training.linear_speed import faster_dtype, has_native_bfloat16, known_speed
+from shifcon_fast.training.nf4_linear import BLOCK
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "none"]
 DTYPES = ("float32", "bfloat16", "float16")
-_BLOCK = 64  # weights that share one NF4 scale
 
 
 def load_quantized(
@@ -70,8 +70,8 @@ def load_quantized(
     if device_map is None:
         device_map = {"": device}
     on_cpu = _is_on_cpu(device_map)
-    config = _read_config(name_or_path, trust_remote_code)
-    dtype = dtype or _choose_dtype(torch.device("cpu") if on_cpu else device, config.dtype, quantization)
+    config = read_config(name_or_path, trust_remote_code)
+    dtype = dtype or choose_dtype(torch.device("cpu") if on_cpu else device, config.dtype, quantization)
     settings: dict[str, Any] = {}
     if quantization == "nf4":
         if problem := nf4_problem(torch.device("cpu") if on_cpu else device):
@@ -153,7 +153,7 @@ def nf4_problem(device: torch.device) -> str | None:
     try:
         from bitsandbytes import functional
 
-        weight = torch.linspace(-1, 1, _BLOCK * _BLOCK, device=device).reshape(_BLOCK, _BLOCK)
+        weight = torch.linspace(-1, 1, BLOCK * BLOCK, device=device).reshape(BLOCK, BLOCK)
         packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = (functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     except Exception as problem:  # a missing package, library or driver, each with an error of its own
@@ -180,7 +180,7 @@ def _is_on_cpu(device_map: Any) -> bool:
     return str(device_map) == "cpu" or not torch.cuda.is_available()
 
 
-def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
+def read_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         hint = (
@@ -201,9 +201,7 @@ def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _choose_dtype(
-    device: torch.device, stored: torch.dtype | None, quantization: Quantization
-) -> torch.dtype:
+def choose_dtype(device: torch.device, stored: torch.dtype | None, quantization: Quantization) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if stored not in (torch.bfloat16, torch.float16) or not has_native_bfloat16():
@@ -231,7 +229,7 @@ def _modules_to_skip(config: Any, trust_remote_code: bool) -> list[str] | None:
     unfit = {
         name: module.in_features
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features % _BLOCK
+        if isinstance(module, nn.Linear) and module.in_features % BLOCK
     }
     head = model.get_output_embeddings()
     kept = [name for name, module in model.named_modules() if module is head]
@@ -246,7 +244,7 @@ def _modules_to_skip(config: Any, trust_remote_code: bool) -> list[str] | None:
         "that is a multiple of %d, theirs is %s",
         len(unfit),
         next(iter(unfit)),
-        _BLOCK,
+        BLOCK,
         sizes,
     )
     return sorted({*unfit, *kept})

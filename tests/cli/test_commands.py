@@ -335,3 +335,31 @@ def test_a_run_whose_base_moved(workplace, run: Path, tmp_path: Path) -> None:
     refused = workplace.shifcon(*flags)
     assert (refused.code, "pass base= (--base)" in refused.text) == (2, True)
     assert workplace.shifcon(*flags, "--base", workplace.base).code == 0
+
+
+def test_doctor_predicts_a_step(workplace) -> None:
+    flags = (
+        "doctor",
+        "--model",
+        workplace.base,
+        "--batch",
+        "2",
+        "--length",
+        "16",
+        "--contrastive-batch",
+        "3",
+    )
+    told = workplace.shifcon(*flags, "--forward", "1", "--backward", "3", "--dtype", "float32")
+    assert told.code == 0, told.text
+    for part in ("generation", "head and loss", "contrastive", "optimizer", "MiB of tensors", "f, b = 1, 3"):
+        assert part in told.text
+    found = json.loads(workplace.shifcon(*flags, "--quantization", "none", "--json").text)
+    assert found["quantization"] == "none"
+    assert found["peak"] > found["bytes"]["weights"] > 0
+    for wrong, said in (
+        (("--batch", "0"), "batch: got 0; wanted 1 or more"),
+        (("--forward", "1"), "forward, backward: got 1 and None; wanted both, or neither"),
+    ):
+        refused = workplace.shifcon(*flags, *wrong)
+        assert refused.code == 2
+        assert said in refused.text

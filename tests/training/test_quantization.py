@@ -137,16 +137,16 @@ def test_dtype_follows_checkpoint_device_and_processor(
     }
     monkeypatch.setattr(quantization, "has_native_bfloat16", lambda: native)
     monkeypatch.setattr(quantization, "known_speed", lambda quantization: speed)
-    assert quantization._choose_dtype(cpu, torch.float32, "nf4") == torch.float32
-    assert quantization._choose_dtype(cpu, None, "nf4") == torch.float32
+    assert quantization.choose_dtype(cpu, torch.float32, "nf4") == torch.float32
+    assert quantization.choose_dtype(cpu, None, "nf4") == torch.float32
     assert caplog.text == ""
     for _ in range(2):
-        chosen = quantization._choose_dtype(cpu, torch.bfloat16, "nf4")
+        chosen = quantization.choose_dtype(cpu, torch.bfloat16, "nf4")
         assert chosen == (faster if native else torch.float32)
     said = f"a Xeon multiplies nf4 weights at {bfloat16:.0f} GFLOP/s in bfloat16 and 100 in float32 (measured"
     assert caplog.text.count(said) == native
     monkeypatch.setattr(quantization, "known_speed", lambda quantization: None)
-    assert quantization._choose_dtype(cpu, torch.float16, "none") == torch.float32
+    assert quantization.choose_dtype(cpu, torch.float16, "none") == torch.float32
     assert ("SHIFCON_CACHE" in caplog.text) == native
 
 
