@@ -5,6 +5,7 @@
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
 # make bench  run the benchmarks of this device in at most MINUTES (20), and write the tables of docs/performance.md anew
 # make performance   write those tables alone, from the records under benchmarks/results
+# make experiment   run what experiments/real_models lacks (hours; it goes on where it was stopped); make experiment-report
 # make architectures   write the table of docs/architectures.md anew, from the rows and their tests
 # make aot    print what every kernel variant compiles to; make format, make clean, make lock
 
@@ -16,7 +17,7 @@ BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc" -not -name "*.md")
 
-.PHONY: demo test test-all test-real lint sanitize bench performance architectures aot format clean lock
+.PHONY: demo test test-all test-real lint sanitize experiment experiment-report bench performance architectures aot format clean lock
 
 demo: $(VENV)/.ready
 	$(BIN)/shifcon demo --output $(DEMO)
@@ -56,6 +57,12 @@ GROWTH := $(wildcard benchmarks/results/growth/*.json)
 performance: $(VENV)/.ready
 	$(BIN)/python -P benchmarks/document.py --write
 	$(if $(GROWTH),$(BIN)/python -P benchmarks/growth_plot.py $(GROWTH))
+
+experiment: $(VENV)/.ready
+	$(BIN)/python experiments/real_models/run.py
+
+experiment-report: $(VENV)/.ready
+	$(BIN)/python experiments/real_models/report.py
 
 architectures: $(VENV)/.ready
 	$(BIN)/python -P scripts/architecture_table.py --write

@@ -145,19 +145,36 @@ class SystemComparison(JsonRecord):
     ) -> Interval:
         """``system − against``, paired by seed and question, over the seeds that both have."""
         ours, theirs = (self._scores(name, languages, group) for name in (system, against))
-        return paired_seeds_interval(*_with_seeds_of_both(ours, theirs))
+        return paired_seeds_interval(*self._with_seeds_of_both(system, ours, against, theirs))
 
     def log_perplexity(self, system: str, against: str, languages: Sequence[str]) -> Interval:
         """Mean log ratio of the perplexities in some languages, paired by seed and sentence; below 0 is better.
 
         It is infinite where a model finds a sentence impossible.
         """
-        ours, theirs = _with_seeds_of_both(*(self._nats(name, languages) for name in (system, against)))
+        scored = (self._nats(name, languages) for name in (system, against))
+        ours, theirs = self._with_seeds_of_both(system, next(scored), against, next(scored))
         if not all(
             math.isfinite(nats) for of in (ours, theirs) for found in of.values() for nats in found.values()
         ):
             return Interval(math.inf, math.inf, math.inf)
         return paired_seeds_interval(ours, theirs)
+
+    def _with_seeds_of_both(
+        self, system: str, ours: Outcomes, against: str, theirs: Outcomes
+    ) -> tuple[Outcomes, Outcomes]:
+        """Those of the seeds that both have; an untrained system is the same whatever the seed."""
+        if system == self.before and len(ours) == 1:
+            ours = dict.fromkeys(theirs, next(iter(ours.values())))
+        if against == self.before and len(theirs) == 1:
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+        seeds = [seed for seed in ours if seed in theirs]
+        if not seeds:
+            raise ValueError(
+                f"outcomes: {system!r} has the seeds {', '.join(map(str, ours))}, {against!r} "
+                f"{', '.join(map(str, theirs))}; wanted one in common"
+            )
+        return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
 
     def _nats(self, system: str, languages: Sequence[str]) -> dict[Hashable, dict[Hashable, float]]:
         """Seed → sentence → nats, of which the mean over sentences is nats a token, averaged over languages."""
@@ -188,43 +205,53 @@ class SystemComparison(JsonRecord):
 
 
 def compare_results(
-    results: Mapping[str, Sequence[EvaluationResult]], baseline: str, *, before: str | None = None
+    results: Mapping[str, Sequence[EvaluationResult] | Mapping[str, EvaluationResult]],
+    baseline: str,
+    *,
+    before: str | None = None,
 ) -> SystemComparison:
     """Systems from their evaluations, each model as it is used: shifted where it is attached.
 
     Args:
-        results: system → the evaluation of each seed, in the same order of seeds for all systems.
+        results: system → seed → evaluation; or the evaluations alone, in the same order of seeds for all systems.
         baseline, before: as for :class:`SystemComparison`.
 
     Raises:
         ValueError: no question; other questions, or another pivot, for two evaluations.
     """
-    first = next(iter(results.values()))[0]
-    wanted, outcomes = _questions(first), {}
-    for system, of_seeds in results.items():
-        for result in of_seeds:
-            if result.pivot != first.pivot:
-                raise ValueError(
-                    f"{result.model}: its pivot is {result.pivot!r}, that of {first.model} {first.pivot!r}"
-                )
-            if _questions(result) != wanted:
-                raise ValueError(
-                    f"{result.model}: other questions than {first.model}; evaluate both on the same file, in the "
-                    "same languages"
-                )
-        outcomes[system] = {str(seed): _answers(result) for seed, result in enumerate(of_seeds, start=1)}
+    named: dict[str, Mapping[str, EvaluationResult]] = {
+        system: found
+        if isinstance(found, Mapping)
+        else {str(i): each for i, each in enumerate(found, start=1)}
+        for system, found in results.items()
+    }
+    first = next(iter(next(iter(named.values())).values()))
+    wanted = _questions(first)
+    for result in (each for seeds in named.values() for each in seeds.values()):
+        if result.pivot != first.pivot:
+            raise ValueError(
+                f"{result.model}: its pivot is {result.pivot!r}, that of {first.model} {first.pivot!r}"
+            )
+        if _questions(result) != wanted:
+            raise ValueError(
+                f"{result.model}: other questions than {first.model}; evaluate both on the same file, in the same "
+                "languages"
+            )
     if not wanted:
         raise ValueError(f"{first.model}: no questions were asked; wanted evaluations with --questions")
-    perplexity = {
-        system: {
-            str(seed): result.perplexity[result.mode]
-            for seed, result in enumerate(of_seeds, start=1)
-            if result.perplexity
-        }
-        for system, of_seeds in results.items()
+    outcomes = {
+        system: {seed: _answers(result) for seed, result in seeds.items()} for system, seeds in named.items()
     }
-    scored = all(len(of_seeds) == len(results[system]) for system, of_seeds in perplexity.items())
-    return SystemComparison(first.pivot, baseline, outcomes, before, perplexity=perplexity if scored else {})
+    scored = all(result.perplexity for seeds in named.values() for result in seeds.values())
+    perplexity = (
+        {
+            system: {seed: result.perplexity[result.mode] for seed, result in seeds.items()}
+            for system, seeds in named.items()
+        }
+        if scored
+        else {}
+    )
+    return SystemComparison(first.pivot, baseline, outcomes, before, perplexity=perplexity)
 
 
 def _questions(result: EvaluationResult) -> dict[tuple[str, int, str], str]:
@@ -245,8 +272,3 @@ def _answers(result: EvaluationResult) -> dict[str, list[ItemOutcome]]:
         item = ItemOutcome(str(choice.row), choice.group or CHOICES, choice.correct)
         found.setdefault(choice.language, []).append(item)
     return found
-
-
-def _with_seeds_of_both(ours: Outcomes, theirs: Outcomes) -> tuple[Outcomes, Outcomes]:
-    seeds = [seed for seed in ours if seed in theirs]
-    return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}

@@ -79,6 +79,15 @@ def test_every_system_is_measured_on_the_questions_and_seeds_of_both(
     control = found.difference("control", "plain", ["de", "sw"])  # two seeds against three
     assert not control.excludes_zero
     assert found.difference("ShifCon", "plain", ["en"]).estimate == 0
+    third = {**results, "control": {"3": results["ShifCon"][2]}}  # seeds by name: paired with the third
+    ours, theirs = (
+        compare_results(each, "plain") for each in (third, {**results, "control": results["ShifCon"][2:]})
+    )
+    assert ours.difference("control", "plain", ["sw"]) != theirs.difference("control", "plain", ["sw"])
+    alone = {"plain": [results["plain"][2]], "control": [results["ShifCon"][2]]}
+    assert ours.difference("control", "plain", ["sw"]) == compare_results(alone, "plain").difference(
+        "control", "plain", ["sw"]
+    )
 
 
 def test_perplexities_are_compared_as_ratios(results: dict[str, list[EvaluationResult]]) -> None:

@@ -1,0 +1,86 @@
+"""The experiment's arms and all that they share: protocol.md in code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+PROTOCOL = 1
+
+PIVOT = "en"
+WEAK = ("de", "fr", "sw", "tr", "hi", "id")
+LANGUAGES = (PIVOT, *WEAK)
+
+AREAS = {"smollm2-135m-instruct": (10, 20), "gemma-3-270m": (6, 12)}
+MODELS = tuple(AREAS)
+
+BASE, PLAIN, SHIFCON = "base", "plain", "shifcon"
+
+SPACE_ROWS = range(200)
+TRANSLATION_ROWS = range(200, 1200)
+FLORES_ROWS = range(64)
+
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+TRAINING: dict[str, Any] = {
+    "max_steps": 200,
+    "per_device_train_batch_size": 8,
+    "contrastive_batch_size": 8,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 6,
+    "max_length": 128,
+    "max_length_pivot": 96,
+    "max_length_other": 96,
+}
+"""Arguments of every run."""
+
+ARMS: dict[str, dict[str, Any]] = {
+    PLAIN: {"shift": False, "w_mcl": 0.0, "w_gen": 1.0},
+    "translation": {"shift": False, "w_mcl": 0.0, "w_gen": 1.0, "per_device_train_batch_size": 16},
+    "shift": {"w_mcl": 0.0, "w_gen": 1.0},
+    "mcl": {"shift": False},
+    SHIFCON: {},
+    "official": {"recipe": "official"},
+    "random": {"intervention": "random"},
+    "subspace": {"intervention": "subspace"},
+}
+"""Arm → arguments that differ."""
+
+SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
+
+
+def runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
+    """(model, arm, seed) of every run, those that the primary measure needs first; the base has seed 0."""
+    found = [(model, BASE, 0) for model in models]
+    most = max(len(seeds) for seeds in SEEDS.values())
+    for place in range(most):
+        first = [(model, arm, SEEDS[arm][place]) for model in models for arm in (PLAIN, SHIFCON)]
+        rest = [
+            (model, arm, seeds[place])
+            for model in models
+            for arm, seeds in SEEDS.items()
+            if arm not in (PLAIN, SHIFCON) and place < len(seeds)
+        ]
+        found += [*first, *rest]
+    return found
+
+
+def arguments(model: str, arm: str) -> dict[str, Any]:
+    """The trainer's arguments of an arm, but for seed and folder."""
+    forward, backward = AREAS[model]
+    return {**TRAINING, "forward": forward, "backward": backward, **ARMS[arm]}
+
+
+def fingerprint(model: str, arm: str) -> str:
+    """SHA-256 of all that decides a run's result but for its seed, the software and the data files."""
+    made_of = {
+        "protocol": PROTOCOL,
+        "model": model,
+        "languages": LANGUAGES,
+        "rows": [[rows.start, rows.stop] for rows in (SPACE_ROWS, TRANSLATION_ROWS, FLORES_ROWS)],
+        "lora": LORA,
+        "arguments": arguments(model, arm) if arm != BASE else None,
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

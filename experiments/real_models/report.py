@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""Write the experiment's report from its result files alone: one page, and the tables of docs/does-it-help.md.
+
+    make experiment-report
+    python experiments/real_models/report.py --output report/
+
+What the document says between its marks is replaced; what stands around them was written by people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, runs
+from run import RESULTS, is_done, result_file
+from stored import read_run
+
+from shifcon_fast.evaluation.bootstrap import Interval
+from shifcon_fast.evaluation.cells import points
+from shifcon_fast.evaluation.page import Section, Table
+from shifcon_fast.evaluation.plots import forest_plot
+from shifcon_fast.evaluation.report import write_report
+from shifcon_fast.evaluation.sections import comparison_sections, settings_section
+from shifcon_fast.evaluation.system_comparison import SystemComparison, compare_results
+from shifcon_fast.markdown import table
+from shifcon_fast.storage import write_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENT = REPOSITORY / "docs" / "does-it-help.md"
+IMAGES = REPOSITORY / "docs" / "images"
+_MARKS = "<!-- {}: made by experiments/real_models/report.py -->", "<!-- end of {} -->"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for report.html")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args()
+    try:
+        print(write(options.results, options.output, options.document))
+    except ValueError as error:
+        sys.exit(f"report.py: {error}")
+
+
+def write(results: Path, output: Path, document: Path) -> str:
+    """Write the page and the document's tables; a line on what they are of.
+
+    Raises:
+        ValueError: no model has the base and plain QLoRA yet, or a result file of another version.
+    """
+    text = document.read_text(encoding="utf-8")
+    pages: list[Section] = []
+    counted = []
+    for model in MODELS:
+        held = read_model(results, model)
+        planned = [run for run in runs() if run[0] == model]
+        counted.append(f"{model}: {sum(map(len, held.values()))} of {len(planned)} runs")
+        if not {BASE, PLAIN} <= held.keys():
+            continue
+        comparison = compare_results(
+            {arm: {str(known["seed"]): result for result, known in found} for arm, found in held.items()},
+            PLAIN,
+            before=BASE,
+        )
+        for section in [*comparison_sections(comparison), cost_section(held)]:
+            pages.append(Section(f"{model}: {section.heading}", section.blocks))
+        text = replaced(text, model, markdown_of(comparison, held))
+        picture = forest_plot(differences(comparison), xlabel="points, against plain QLoRA")
+        write_file(IMAGES / f"does_it_help_{model}.svg", picture)
+    if not pages:
+        raise ValueError(f"results: {results} lacks {BASE} and {PLAIN} of every model ({'; '.join(counted)})")
+    first = next(found for model in MODELS for found in read_model(results, model).values())[0]
+    pages.append(settings_section({"evaluation": first[0].settings, "versions": first[0].versions}))
+    write_file(document, text.encode())
+    page = write_report(output, "Does ShifCon help?", pages, subtitle="; ".join(counted))
+    return f"{'; '.join(counted)}\n{page}\n{document}"
+
+
+def read_model(results: Path, model: str) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """arm → (evaluation, what is known of the run) of each seed there is, in the order of the seeds."""
+    held: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for _, arm, seed in sorted(run for run in runs() if run[0] == model):
+        if is_done(results, model, arm, seed):
+            held.setdefault(arm, []).append(read_run(result_file(results, model, arm, seed)))
+    order = list(dict.fromkeys(arm for _, arm, _ in runs()))
+    return {arm: held[arm] for arm in order if arm in held}
+
+
+def differences(comparison: SystemComparison) -> dict[str, dict[str, Interval]]:
+    """What the primary measure and its companion are, for every arm against plain QLoRA."""
+    return {
+        label: {arm: comparison.difference(arm, PLAIN, codes) for arm in comparison.contenders}
+        for label, codes in ((f"mean of {', '.join(WEAK)}", list(WEAK)), (f"pivot {PIVOT}", [PIVOT]))
+    }
+
+
+def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> str:
+    """The document's table of one model."""
+    rows = []
+    for arm in comparison.systems:
+        row = [arm, str(len(held[arm]))]
+        row += [_percent(comparison.share(arm, codes)) for codes in (list(WEAK), [PIVOT])]
+        compared = arm in comparison.contenders
+        for codes in (list(WEAK), [PIVOT]):
+            row.append(points(comparison.difference(arm, PLAIN, codes)) if compared else "–")
+        row.append(f"{_mean_seconds(held[arm]) / 60:.1f}")
+        rows.append(row)
+    header = [
+        "arm",
+        "seeds",
+        "weak languages, %",
+        f"{PIVOT}, %",
+        "weak, against plain",
+        f"{PIVOT}, against plain",
+    ]
+    by_language = [
+        [arm, *(f"{100 * comparison.share(arm, [code]).estimate:.1f}" for code in (PIVOT, *WEAK))]
+        for arm in comparison.systems
+    ]
+    return "\n\n".join([table([*header, "minutes"], rows), table(["right, %", PIVOT, *WEAK], by_language)])
+
+
+def cost_section(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> Section:
+    """Time and dose of the arms."""
+    rows = []
+    for arm, found in held.items():
+        _, known = found[0]
+        doses = known.get("dose", {})
+        largest = max((max(each) for each in doses.values()), default=None)
+        dose = "–" if largest is None else f"{largest:.2f}"
+        processors = ", ".join(sorted({run["processor"] for _, run in found}))
+        rows.append([arm, f"{_mean_seconds(found) / 60:.1f}", dose, processors])
+    return Section("Cost", [Table(["arm", "minutes of training", "largest dose", "processor"], rows)])
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """A document with other content between the marks of a name.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    start, end = (mark.format(name) for mark in _MARKS)
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"document: lacks {start!r} and {end!r}")
+    return pattern.sub(lambda _: f"{start}\n\n{content}\n\n{end}", text)
+
+
+def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:
+    return sum(known["training_seconds"] for _, known in found) / len(found)
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.estimate:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()

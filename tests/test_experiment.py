@@ -1,0 +1,187 @@
+"""The experiment's runner: its order, its files, what it refuses. The runs themselves are for `make experiment`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
+from shifcon_fast.evaluation.perplexity import Perplexity
+from shifcon_fast.evaluation.result import AttachedArea, EvaluationResult
+from shifcon_fast.evaluation.retrieval import Retrieval, RetrievalScores
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "real_models"
+MODEL = "gemma-3-270m"
+
+
+@pytest.fixture(scope="module")
+def experiment() -> dict[str, ModuleType]:
+    """The modules of the folder, which are imported by their own names."""
+    import importlib
+
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return {
+            name: importlib.import_module(name) for name in ("arms", "stored", "run", "report", "one_run")
+        }
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def evaluation(stored: ModuleType, arm: str, seed: int) -> EvaluationResult:
+    """Answers by chance, better for shifcon in the weak languages."""
+    random = np.random.default_rng([seed, len(arm)])
+    skill = {"base": 0.3, "plain": 0.5}.get(arm, 0.9)
+    choices = []
+    for each in stored.questions():
+        gold = each.choices.index(str(each.answer))
+        nats = -random.uniform(1, 9, len(each.choices))
+        if each.language == "en" or random.random() < skill:
+            nats[gold] = -0.5
+        values = [float(value) for value in nats]
+        choices.append(
+            ChoiceOutcome(each.row, each.language, each.group, each.text, list(each.choices), gold, values)
+        )
+    area = (
+        None if arm in ("base", "plain") else AttachedArea(forward=6, backward=12, alpha=1.0, recipe="stable")
+    )
+    modes = ["unshifted"] if area is None else ["unshifted", "shifted"]
+    codes = list(dict.fromkeys(each.language for each in choices))
+    scored = {code: Perplexity([4.25, 8.5], [2, 5]) for code in codes}
+    retrieval = Retrieval(
+        pivot="en",
+        languages=codes,
+        sentences=2,
+        boundaries=[1],
+        matrix_boundary=1,
+        matrix=[[None] * len(codes)] * len(codes),
+        scores={code: RetrievalScores([0.5], [0.5], [0.25]) for code in codes[1:]},
+        duplicates=dict.fromkeys(codes, 0),
+    )
+    return EvaluationResult(
+        model=MODEL,
+        pivot="en",
+        area=area,
+        retrieval=dict.fromkeys(modes, retrieval),
+        perplexity=dict.fromkeys(modes, scored),
+        multiple_choice=dict.fromkeys(modes, choices),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    for arm, seed in (("base", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("shifcon", 1), ("shifcon", 3)):
+        known = {"model": MODEL, "arm": arm, "seed": seed, "processor": "one", "training_seconds": 90.0}
+        made = evaluation(experiment["stored"], arm, seed)
+        (folder / MODEL).mkdir(exist_ok=True)
+        experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
+    return folder
+
+
+def test_the_order_gives_the_primary_measure_first(experiment: dict[str, ModuleType]) -> None:
+    arms = experiment["arms"]
+    runs = arms.runs()
+    assert len(set(runs)) == len(runs) == 2 * (1 + 5 + 5 + 3 * (len(arms.ARMS) - 2))
+    assert [arm for _, arm, _ in runs[:6]] == ["base", "base", "plain", "shifcon", "plain", "shifcon"]
+    assert arms.fingerprint(MODEL, "plain") != arms.fingerprint(MODEL, "shifcon")
+    assert set(arms.SEEDS["shifcon"]) == {1, 2, 3, 4, 5}
+
+
+def test_every_arm_is_one_that_the_trainer_takes(experiment: dict[str, ModuleType], tmp_path: Path) -> None:
+    from shifcon_fast.training.arguments import ShifConArguments
+
+    arms = experiment["arms"]
+    for arm in arms.ARMS:
+        options = arms.arguments(MODEL, arm)
+        args = ShifConArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+        assert (args.forward, args.backward) == arms.AREAS[MODEL]
+        assert args.learning_rate == arms.TRAINING["learning_rate"]
+
+
+def test_train_and_test_share_no_territory(experiment: dict[str, ModuleType], shifcon_data: Path) -> None:
+    facts = experiment["one_run"].instructions("plain", shifcon_data)
+    both = experiment["one_run"].instructions("translation", shifcon_data)
+    assert both[::2] == facts
+    assert sum(row["prompt"].startswith("Translate into") for row in both) == len(facts)
+    asked = {each.text.splitlines()[0].partition(":")[2].strip() for each in experiment["stored"].questions()}
+    told = " ".join(row["prompt"] for row in facts if row["lang"] == "en")
+    english = [name for name in asked if name.isascii() and len(name) > 5]
+    assert len(english) > 50
+    assert [name for name in english if f" {name}?" in told] == []
+
+
+def test_a_result_comes_back_as_it_was(experiment: dict[str, ModuleType], results: Path) -> None:
+    found, known = experiment["stored"].read_run(results / MODEL / "shifcon-1.json")
+    made = evaluation(experiment["stored"], "shifcon", 1)
+    assert known["seed"] == 1
+    ours, theirs = (each.multiple_choice["shifted"] for each in (made, found))
+    assert [(a.row, a.language, a.choices, a.gold, a.correct) for a in ours] == [
+        (b.row, b.language, b.choices, b.gold, b.correct) for b in theirs
+    ]
+    np.testing.assert_allclose(ours[3].log_likelihoods, theirs[3].log_likelihoods, atol=1e-4)
+    assert found.perplexity["shifted"]["sw"] == made.perplexity["shifted"]["sw"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": 0}, "protocol is 0, that of protocol.md and arms.py 1"),
+        ({"fingerprint": "x"}, "fingerprint is x"),
+        ({"choices": {}}, "holds 0 answers; wanted those of"),
+        ({"kind": "evaluation"}, "kind is 'evaluation'; wanted 'experiment run'"),
+        ({"seed": 2}, "is of gemma-3-270m plain 2; wanted that of its name"),
+    ],
+)
+def test_results_of_something_else_are_refused(
+    experiment: dict[str, ModuleType], results: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    held = json.loads((results / MODEL / "plain-1.json").read_text(encoding="utf-8"))
+    (tmp_path / MODEL).mkdir()
+    (tmp_path / MODEL / "plain-1.json").write_text(json.dumps({**held, **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        experiment["run"].is_done(tmp_path, MODEL, "plain", 1)
+
+
+def test_the_report_is_made_of_what_there_is(
+    experiment: dict[str, ModuleType], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment["report"], "IMAGES", tmp_path)
+    document = tmp_path / "does-it-help.md"
+    document.write_text((FOLDER.parents[1] / "docs" / "does-it-help.md").read_text(encoding="utf-8"))
+    said = experiment["report"].write(results, tmp_path, document)
+    assert f"{MODEL}: 6 of " in said
+    text = document.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| shifcon | 2 |"))
+    assert "points \\[" in row
+    assert text.count("*Not measured.*") == 1  # the other model's
+    again = experiment["report"].write(results, tmp_path, document)
+    assert (said, text) == (again, document.read_text(encoding="utf-8"))
+    assert (tmp_path / f"does_it_help_{MODEL}.svg").read_bytes().startswith(b"<?xml")
+    with pytest.raises(ValueError, match="lacks base and plain"):
+        experiment["report"].write(tmp_path / "empty", tmp_path, document)
+
+
+def test_the_command_lists_and_refuses(results: Path) -> None:
+    command = [sys.executable, "-P", str(FOLDER / "run.py"), "--list", "--results", str(results)]
+    environment = {"PYTHONPATH": str(FOLDER), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [*command, "--models", MODEL, "--arms", "plain,shifcon"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert done.stdout.startswith("5 of 10 runs are done\n")
+    assert f"missing: {MODEL} shifcon 2" in done.stdout
+    bad = subprocess.run(
+        [*command, "--arms", "magic"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert bad.returncode == 1
+    assert "arms: got 'magic'; wanted some of base, plain" in bad.stderr
