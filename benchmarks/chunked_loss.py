@@ -16,18 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from machine import machine
 
 from shifcon_fast.training.chunked_cross_entropy import chunked_cross_entropy, way
 
@@ -88,13 +90,6 @@ def mebibytes(shape: str, dtype: str, learnt: int, name: str) -> int:
     return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wide = [each for each in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if each in found.get("flags", "")]
-    return f"{found.get('model name', platform.machine())} ({', '.join(wide)})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,13 +100,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
     options = parser.parse_args()
     record: dict[str, Any] = {
-        "processor": processor(),
+        **machine("cpu"),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         "tokens": TOKENS,
         "languages": LANGUAGES,
         "cases": [],

@@ -118,7 +118,7 @@ def way(head: nn.Module, hidden: Tensor, finish: Finish = NOTHING) -> Way:
     if device == "cuda" and has_liger():
         return "liger"
     exact = hidden.dtype in (torch.float32, torch.float64) and finish.softcap is None
-    return "torch" if exact and hasattr(functional, "linear_cross_entropy") else "autograd"
+    return "torch" if exact and hasattr(nn, "LinearCrossEntropyOptions") else "autograd"
 
 
 def has_liger() -> bool:

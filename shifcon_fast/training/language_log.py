@@ -82,6 +82,11 @@ class LanguageLog:
     ) -> Any:
         """As ``Trainer``'s; where predictions are asked for, the loss is taken from their logits."""
         self._outputs_are_dropped = prediction_loss_only
+        if self._without_logits is not None and not prediction_loss_only:
+            warn_once(
+                "chunked_cross_entropy: this evaluation makes all logits, since its predictions are asked for "
+                "(compute_metrics or predict)"
+            )
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
         finally:

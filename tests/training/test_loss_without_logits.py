@@ -185,10 +185,15 @@ def test_what_needs_the_logits_is_said_or_refused(
 
 
 def test_predictions_and_outputs_have_their_logits(
-    make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction]
+    make_trainer: Callable[..., ShifConTrainer],
+    instructions: list[Instruction],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     trainer = make_trainer(eval_dataset=instructions[:5], per_device_eval_batch_size=5, **QUICK)
+    trainer.evaluate()
+    assert "chunked_cross_entropy" not in caplog.text
     predicted = trainer.predict(instructions[:5])
+    assert "this evaluation makes all logits, since its predictions are asked for" in caplog.text
     assert predicted.predictions.shape[0] == 5
     assert predicted.predictions.shape[1] > 2
     losses = trainer.evaluate()
