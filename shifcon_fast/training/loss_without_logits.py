@@ -60,8 +60,8 @@ def loss_without_logits(args: Any, model: Any, *, own_loss: str | None) -> LossW
         problem = f"{own_loss} is given the logits"
     elif liger.get("fused_linear_cross_entropy"):
         problem = "liger_kernel_config asks for Liger's own (fused_linear_cross_entropy)"
-    elif args.torch_compile:
-        problem = "torch_compile compiles the model with its own loss"
+    elif args.torch_compile or _is_compiled(model):
+        problem = "torch.compile (torch_compile) has made one graph of the model and its own loss"
     elif args.n_gpu > 1:
         problem = "nn.DataParallel runs the model in several threads (accelerate launch does not)"
     else:
@@ -71,6 +71,18 @@ def loss_without_logits(args: Any, model: Any, *, own_loss: str | None) -> LossW
             problem = str(error)
     say_why_with_logits(args, problem)
     return None
+
+
+def _is_compiled(model: Any) -> bool:
+    """Whether the model is compiled as a whole; blocks that are compiled each for itself do not matter."""
+    wrapped = [model, getattr(model, "base_model", None)]
+    if hasattr(model, "get_base_model"):
+        wrapped.append(model.get_base_model())
+    return any(
+        isinstance(each, torch._dynamo.OptimizedModule)
+        or getattr(each, "_compiled_call_impl", None) is not None
+        for each in wrapped
+    )
 
 
 def say_why_with_logits(args: Any, problem: str) -> None:

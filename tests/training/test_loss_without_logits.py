@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.loss_without_logits import LossWithoutLogits, finish_of
+from shifcon_fast.training.loss_without_logits import LossWithoutLogits, finish_of, loss_without_logits
 from shifcon_fast.training.trainer import ShifConTrainer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 0], [9, 8, 7, 6, 5, 4]])
@@ -165,7 +166,7 @@ def test_a_run_is_the_same_on_and_off(
     ("settings", "why"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor needs the logits"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"torch_compile": True}, r"torch\.compile \(torch_compile\)"),
     ],
 )
 def test_what_needs_the_logits_is_said_or_refused(
@@ -176,7 +177,8 @@ def test_what_needs_the_logits_is_said_or_refused(
 ) -> None:
     trainer = make_trainer(**settings, **QUICK)
     assert trainer._without_logits is None
-    assert f"chunked_cross_entropy: the model's own loss is used, with all its logits: {why}" in caplog.text
+    said = f"chunked_cross_entropy: the model's own loss is used, with all its logits: {why}"
+    assert re.search(said, caplog.text)
     with pytest.raises(ValueError, match=f"chunked_cross_entropy: got on, but {why}"):
         make_trainer(chunked_cross_entropy="on", **settings, **QUICK)
     caplog.clear()
@@ -226,3 +228,27 @@ def test_what_yaml_makes_of_on_and_off(tmp_path: Path, given: Any, meant: str) -
 def test_other_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chunked_cross_entropy: got 'fused'; wanted one of auto, on, off"):
         ShifConArguments(output_dir=str(tmp_path), report_to="none", chunked_cross_entropy="fused")
+
+
+@pytest.mark.parametrize("wrap", ["function", "method"])
+def test_a_model_that_is_compiled_already_keeps_its_own_loss(
+    tiny_model: Callable[..., Any], caplog: pytest.LogCaptureFixture, wrap: str
+) -> None:
+    model = tiny_model("llama")
+    arguments: Any = SimpleNamespace(
+        chunked_cross_entropy="auto",
+        use_liger_kernel=False,
+        label_smoothing_factor=0.0,
+        torch_compile=False,
+        n_gpu=0,
+        liger_kernel_config=None,
+    )
+    assert loss_without_logits(arguments, model, own_loss=None) is not None
+    model.model.layers[0].compile()  # a block of its own does not matter
+    assert loss_without_logits(arguments, model, own_loss=None) is not None
+    if wrap == "function":
+        model = torch.compile(model)
+    else:
+        model.compile()
+    assert loss_without_logits(arguments, model, own_loss=None) is None
+    assert "torch.compile" in caplog.text
