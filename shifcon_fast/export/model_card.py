@@ -32,7 +32,17 @@ MARK = "<!-- Written by shifcon_fast"
 _OTHERS = ("[More Information Needed]", "<!-- This model card has been generated automatically")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _TEMPLATE = "model_card.md.j2"
-_METHOD = ("w_gen", "w_mcl", "mcl_mode", "temperature", "vectors", "contrastive_batch_size")
+_METHOD = (
+    "w_gen",
+    "w_mcl",
+    "w_replay",
+    "w_distillation",
+    "mcl_mode",
+    "temperature",
+    "anchor_pivot",
+    "vectors",
+    "contrastive_batch_size",
+)
 
 
 @dataclass(frozen=True)

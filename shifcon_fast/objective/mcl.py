@@ -6,14 +6,18 @@ and τ the temperature,
     L(k) = ½ [CE(a tᵀ / τ, diag) + CE(t aᵀ / τ, diag)],   L_mcl = mean of L(k) over k = f … b-1
 
 (Zhang et al., ACL 2025, arXiv 2410.19453). Two ways to get into pivot space: ``shifted``, where the forward pass
-itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) + mean(a) over the batch.
+itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) + mean(a) over the batch. And none:
+``unshifted`` contrasts the representations as they are (AFP, Li et al. 2024, arXiv 2311.08089), for comparison.
+
+Both sides of the loss move the model. With ``anchor_pivot`` the pivot's stay where they are, as far as this loss is
+concerned, and translations come to them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import torch
 import torch.distributed as dist
@@ -42,14 +46,20 @@ class ContrastiveBatch(TypedDict):
 
 
 def mcl_from_representations(
-    pivot: Tensor, other: Tensor, *, mode: MclMode = "shifted", temperature: float = 0.05
+    pivot: Tensor,
+    other: Tensor,
+    *,
+    mode: MclMode = "shifted",
+    temperature: float = 0.05,
+    anchor_pivot: bool = False,
 ) -> Tensor:
     """L_mcl from sentence representations at L boundaries, in one ``info_nce`` call.
 
     Args:
         pivot: (L, N, d), pivot sentences.
-        other: (L, N, d), their translations: from a shifted pass for "shifted", from an unshifted one for "pooled".
-        mode: "shifted" or "pooled".
+        other: (L, N, d), their translations: from a shifted pass for "shifted", else from an unshifted one.
+        mode: "shifted", "pooled" or "unshifted".
+        anchor_pivot: the pivot's representations are targets alone; no gradient goes through them.
         temperature: τ > 0.
 
     Returns:
@@ -59,6 +69,7 @@ def mcl_from_representations(
         ValueError: unknown mode, a temperature that is not positive, shapes that do not fit.
     """
     _check(mode, temperature)
+    pivot = pivot.detach() if anchor_pivot else pivot
     return ops.info_nce(pivot, other, scale=1 / temperature, recenter=mode == "pooled").mean()
 
 
@@ -69,6 +80,7 @@ def mcl_loss(
     *,
     mode: MclMode = "shifted",
     temperature: float = 0.05,
+    anchor_pivot: bool = False,
     mini_batch_size: int | None = None,
     gather_across_devices: bool = False,
     pairs_by_process: Sequence[int] | None = None,
@@ -82,7 +94,7 @@ def mcl_loss(
         model: the attached model, or what wraps it.
         batch: see :class:`ContrastiveBatch`; it is moved to the model's device.
         handle: what ``attach`` returned.
-        mode, temperature: as for :func:`mcl_from_representations`.
+        mode, temperature, anchor_pivot: as for :func:`mcl_from_representations`.
         mini_batch_size: pairs in one pass. A larger batch runs in several, one after another, with the same loss
             and gradients and the memory of one (:mod:`.gradient_cache`). None: all in one pass.
         gather_across_devices: contrast with the pairs of all processes. Every process gets the same loss, the mean
@@ -118,7 +130,9 @@ def mcl_loss(
     )
     if gathers:
         pivot, other = gather_pairs(pivot, counts), gather_pairs(other, counts)
-    return mcl_from_representations(pivot, other, mode=mode, temperature=temperature)
+    return mcl_from_representations(
+        pivot, other, mode=mode, temperature=temperature, anchor_pivot=anchor_pivot
+    )
 
 
 def contrastive_representations(
@@ -194,7 +208,7 @@ def _part_of(batch: Mapping[str, Tensor], first: int, end: int) -> dict[str, Ten
 
 
 def _check(mode: str, temperature: float) -> None:
-    if mode not in ("shifted", "pooled"):
-        raise ValueError(f'mode: got {mode!r}; wanted "shifted" or "pooled"')
+    if mode not in get_args(MclMode):
+        raise ValueError(f"mode: got {mode!r}; wanted one of {', '.join(get_args(MclMode))}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: got {temperature}; wanted a positive number")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MclMode = Literal["shifted", "pooled"]
+MclMode = Literal["shifted", "pooled", "unshifted"]
 VectorMode = Literal["frozen", "ema", "refresh", "running"]
 RecipeName = Literal["stable", "official"]
 
@@ -23,7 +23,8 @@ class Recipe:
             and b at the inputs of blocks f-1 and b-1, pools every attended token (BOS too), and averages unit
             vectors.
         w_gen, w_mcl: weights of the generation and the contrastive loss.
-        mcl_mode: "shifted" pools a shifted pass; "pooled" re-centres the unit vectors of an unshifted one.
+        mcl_mode: "shifted" pools a shifted pass; "pooled" re-centres the unit vectors of an unshifted one;
+            "unshifted" takes them as they are.
         temperature: τ of the contrastive loss.
         contrastive_batch_size: translation pairs per process and micro-batch, which are each other's negatives.
         mixed_languages: whether the pairs of one contrastive batch are in several languages. "pooled" re-centres

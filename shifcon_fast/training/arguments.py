@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +12,7 @@ from transformers.integrations import is_tensorboard_available
 
 from shifcon_fast.extras import missing
 from shifcon_fast.notices import warn_once
-from shifcon_fast.objective.recipe import RECIPES
+from shifcon_fast.objective.recipe import RECIPES, MclMode
 from shifcon_fast.space.intervention import check_intervention
 
 # Arguments whose default is the recipe's, and the recipe's name for them where it differs.
@@ -37,7 +37,7 @@ _FROM_RECIPE = {
 }
 _CHOICES = {
     "recipe": tuple(RECIPES),
-    "mcl_mode": ("shifted", "pooled"),
+    "mcl_mode": get_args(MclMode),
     "vectors": ("frozen", "ema", "refresh", "running"),
     "too_long": ("truncate", "drop", "error"),
     "chunked_cross_entropy": ("auto", "on", "off"),
@@ -110,9 +110,29 @@ class ShifConArguments(TrainingArguments):
     w_mcl: float | None = field(
         default=None, metadata={"help": "Weight of the contrastive loss; 0 skips its pass."}
     )
+    w_replay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of predicting the pivot sentences of the parallel text, which keeps the pivot."
+        },
+    )
+    w_distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the divergence from the base model on the pivot sentences of the parallel text."
+        },
+    )
     mcl_mode: str | None = field(
         default=None,
-        metadata={"help": "shifted (contrast a shifted pass) or pooled (re-centre an unshifted one)."},
+        metadata={
+            "help": "shifted (contrast a shifted pass), pooled (re-centre an unshifted one) or unshifted."
+        },
+    )
+    anchor_pivot: bool = field(
+        default=False,
+        metadata={
+            "help": "In the contrastive loss, pivot sentences are targets alone: no gradient goes through them."
+        },
     )
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the contrastive loss."})
     contrastive_batch_size: int | None = field(
@@ -132,7 +152,7 @@ class ShifConArguments(TrainingArguments):
     mixed_languages: bool | None = field(
         default=None,
         metadata={
-            "help": "Pairs of several languages in one contrastive batch. Default: only if mcl_mode is shifted."
+            "help": "Pairs of several languages in one contrastive batch. Default: unless mcl_mode is pooled."
         },
     )
     vectors: str | None = field(
@@ -238,7 +258,7 @@ class ShifConArguments(TrainingArguments):
             if getattr(self, name) is None:
                 value = getattr(recipe, source)
                 if name == "mixed_languages" and mode_was_given:
-                    value = self.mcl_mode == "shifted"
+                    value = self.mcl_mode != "pooled"
                 setattr(self, name, value)
         if self.final_estimation is None:
             self.final_estimation = self.vectors != "frozen" and bool(self.shift or self.w_mcl)
@@ -258,7 +278,7 @@ class ShifConArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; wanted {least} or more")
-        for name in ("w_gen", "w_mcl"):
+        for name in ("w_gen", "w_mcl", "w_replay", "w_distillation"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise ValueError(f"{name}: got {value}; wanted 0 or more")
         if self.w_gen == 0 and self.w_mcl == 0:
@@ -280,6 +300,11 @@ class ShifConArguments(TrainingArguments):
             raise ValueError(
                 f"forward, backward: got {self.forward} and {self.backward}; wanted forward < backward"
             )
+
+    @property
+    def keeps_pivot(self) -> bool:
+        """Whether a loss over the pivot's sentences is trained on."""
+        return bool(self.w_replay or self.w_distillation)
 
     def method_settings(self) -> dict[str, Any]:
         """The method's own arguments with their values, JSON-able, for the run folder.

@@ -32,10 +32,10 @@ def attach_for_training(
     """
     handle: ShiftHandle | None = getattr(model, "shifcon", None)
     if handle is None and space is None:
-        if args.shift or args.w_mcl:
+        if args.shift or args.w_mcl or args.keeps_pivot:
             raise ValueError(
                 "space: none given; wanted what estimate_space(model, ...) returns (only a run with shift=False "
-                "and w_mcl=0 needs none)"
+                "and w_mcl=0, and no w_replay or w_distillation, needs none)"
             )
         return None
     pivot = space.pivot if space is not None else handle.shift.pivot  # type: ignore[union-attr]

@@ -232,16 +232,20 @@ def make_sampler(
     parallel: Mapping[str, Sequence[str]] | None,
     tokenizer: Any,
 ) -> ContrastiveSampler | None:
-    """Contrastive batches; None where neither the loss nor the vectors need any.
+    """Contrastive batches; None where neither a loss nor the vectors need any.
 
     Raises:
         ValueError: they are needed and there is no parallel text.
     """
     follows = args.vectors in ("ema", "running") and (args.shift or args.w_mcl)
-    if handle is None or not (args.w_mcl or follows):
+    if handle is None or not (args.w_mcl or follows or args.keeps_pivot):
         return None
     if parallel is None:
-        reason = f"w_mcl is {args.w_mcl}" if args.w_mcl else f"vectors={args.vectors!r} follows its sentences"
+        reason = f"vectors={args.vectors!r} follows its sentences"
+        if args.keeps_pivot:
+            reason = f"w_replay is {args.w_replay} and w_distillation {args.w_distillation}"
+        if args.w_mcl:
+            reason = f"w_mcl is {args.w_mcl}"
         raise ValueError(f"parallel: none given; wanted translations, for {reason}")
     return ContrastiveSampler(
         parallel,

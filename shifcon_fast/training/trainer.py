@@ -36,6 +36,7 @@ from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
+from shifcon_fast.training.pivot_keeping import DISTILLATION, REPLAY, pivot_losses
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_folder import RunState, save_run
@@ -182,7 +183,7 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
         """w_gen · L_gen + w_mcl · L_mcl of a micro-batch, scaled for gradient accumulation; in evaluation, L_gen.
 
         L_gen is the mean over all learnt tokens of the step's micro-batches (and processes), L_mcl the mean over
-        its contrastive batches.
+        its contrastive batches; so are the losses of :mod:`.pivot_keeping`, where they have a weight.
         """
         inputs = dict(inputs)
         language_ids = inputs.get("language_ids")
@@ -208,14 +209,29 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
                 shares["loss_contrastive"] = self._contrastive_loss(model, batch, follow) / accumulation
             if follow is None:
                 self._follow(model, batch)
+            if self.args.keeps_pivot:
+                kept = self._pivot_losses(model, batch)
+                shares |= {name: each / accumulation for name, each in kept.items()}
         step, micro = self._micro_batch
         self._watch.note(shares, step + 1, micro)
         for name, share in shares.items():
             self._meter.add(name, share)
-        total = self.args.w_gen * shares["loss_generation"]
-        if "loss_contrastive" in shares:
-            total = total + self.args.w_mcl * shares["loss_contrastive"]
+        weights = {
+            "loss_generation": self.args.w_gen,
+            "loss_contrastive": self.args.w_mcl,
+            REPLAY: self.args.w_replay,
+            DISTILLATION: self.args.w_distillation,
+        }
+        total = sum(weights[name] * share for name, share in shares.items())
         return (total, outputs) if return_outputs else total
+
+    def _pivot_losses(self, model: Any, batch: ContrastiveBatch) -> dict[str, Tensor]:
+        return pivot_losses(
+            self.accelerator.unwrap_model(model),
+            batch,
+            replay=bool(self.args.w_replay),
+            distillation=bool(self.args.w_distillation),
+        )
 
     def _contrastive_loss(
         self, model: Any, batch: ContrastiveBatch, follow: Callable[[Tensor], None] | None = None
@@ -227,6 +243,7 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             self.handle,
             mode=self.args.mcl_mode,  # type: ignore[arg-type]
             temperature=float(self.args.temperature or 1.0),
+            anchor_pivot=self.args.anchor_pivot,
             mini_batch_size=self.args.contrastive_mini_batch_size,
             gather_across_devices=self.args.gather_across_devices,
             pairs_by_process=[batch["input_ids"].shape[0] // 2] * self.args.world_size,

@@ -59,7 +59,9 @@ def naive_loss(pivot: Tensor, other: Tensor, temperature: float, recenter: bool)
     return total / len(pivot)
 
 
-@pytest.mark.parametrize(("mode", "temperature"), [("shifted", 0.05), ("pooled", 1.0), ("pooled", 0.1)])
+@pytest.mark.parametrize(
+    ("mode", "temperature"), [("shifted", 0.05), ("unshifted", 0.1), ("pooled", 1.0), ("pooled", 0.1)]
+)
 def test_formula_and_gradients(mode: Any, temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     pivot, other = torch.randn(2, 3, 5, 16, generator=generator, dtype=torch.float64)
@@ -100,7 +102,7 @@ def naive_representations(
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize("mode", ["shifted", "pooled"])
+@pytest.mark.parametrize("mode", ["shifted", "pooled", "unshifted"])
 def test_whole_loss_against_a_float64_walk_through_the_blocks(
     attached: tuple[Any, ShiftHandle], batch: ContrastiveBatch, mode: Any
 ) -> None:
@@ -124,8 +126,23 @@ def test_whole_loss_against_a_float64_walk_through_the_blocks(
 
 def test_modes_differ(attached: tuple[Any, ShiftHandle], batch: ContrastiveBatch) -> None:
     model, handle = attached
-    losses = {mode: mcl_loss(model, batch, handle, mode=mode).item() for mode in ("shifted", "pooled")}  # type: ignore[arg-type]
-    assert abs(losses["shifted"] - losses["pooled"]) > 1e-3
+    modes = ("shifted", "pooled", "unshifted")
+    first, second, third = (mcl_loss(model, batch, handle, mode=mode).item() for mode in modes)  # type: ignore[arg-type]
+    assert min(abs(first - second), abs(first - third), abs(second - third)) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["shifted", "pooled", "unshifted"])
+def test_an_anchored_pivot_gets_no_gradient(mode: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 5, 16, generator=generator, requires_grad=True) for _ in range(2)]
+    free = mcl_from_representations(*inputs, mode=mode, temperature=0.1)
+    of_pivot, of_other = torch.autograd.grad(free, inputs)
+    anchored = mcl_from_representations(*inputs, mode=mode, temperature=0.1, anchor_pivot=True)
+    assert anchored.item() == free.item()
+    pivot, other = torch.autograd.grad(anchored, inputs, allow_unused=True)
+    assert pivot is None
+    assert of_pivot.abs().max() > 0
+    torch.testing.assert_close(other, of_other)
 
 
 def test_gradient_reaches_exactly_the_adapters_below_the_last_boundary(
