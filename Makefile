@@ -53,7 +53,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -P benchmarks/bench.py --minutes $(MINUTES); status=$$?; \
 		$(BIN)/python -P benchmarks/document.py --write && exit $$status
 
-GROWTH := $(wildcard benchmarks/results/growth/*.json)
+GROWTH := $(wildcard benchmarks/results/growth/*.json benchmarks/results/processes/processes.json)
 performance: $(VENV)/.ready
 	$(BIN)/python -P benchmarks/document.py --write
 	$(if $(GROWTH),$(BIN)/python -P benchmarks/growth_plot.py $(GROWTH))

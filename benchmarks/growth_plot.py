@@ -2,10 +2,10 @@
 
     python benchmarks/growth_plot.py RECORD... [--out docs/images/growth.png]
 
-A record is JSON: ``machine``, ``size``, and ``curves``: by what grows (languages, boundaries, pairs, length,
-processes) a list of points ``{"at": 4, "seconds": [1.52, 1.49, …]}``, and, where the matrix products of a
-step were counted, ``"flops"``. One panel each: medians with quartiles, from zero, and dashed what the products
-alone would take at the rate of the first point.
+A record is what ``processes.py`` writes, or ``growth.py``: ``machine``, ``size``, and ``curves``: by what grows
+(languages, boundaries, pairs, length, processes) a list of points ``{"at": 4, "seconds": [1.52, 1.49, …]}``, and,
+where the matrix products of a step were counted, ``"flops"``. One panel each: medians with quartiles, from zero,
+and dashed what the products alone would take at the rate of the first point.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ def bound(points: Points) -> list[float] | None:
         return None
     rate = points[0]["flops"] / statistics.median(points[0]["seconds"])
     return [point["flops"] / rate for point in points]
+
+
+def of_processes(record: Record) -> Record:
+    """A record of ``processes.py`` as one of a single curve; any other as it is."""
+    if "two processes" not in record:
+        return record
+    counts = {1: record["one process"], 2: record["two processes"]}
+    points = [{"at": n, "seconds": [s for row in rows for s in row["seconds"]]} for n, rows in counts.items()]
+    return {"machine": record["machine"], "size": record["size"], "curves": {"processes": points}}
 
 
 def draw(records: Sequence[Record]) -> Figure:
@@ -92,7 +101,7 @@ def main() -> None:
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/images/growth.png"))
     options = parser.parse_args()
-    figure = draw([json.loads(file.read_text(encoding="utf-8")) for file in options.records])
+    figure = draw([of_processes(json.loads(file.read_text(encoding="utf-8"))) for file in options.records])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,11 +43,45 @@ def test_a_panel_holds_medians_and_the_products_alone(plot: ModuleType) -> None:
     assert all(panel.get_ylim()[0] == 0 for panel in figure.axes)
 
 
+def test_two_processes_are_a_curve_of_their_own(plot: ModuleType) -> None:
+    rows = {
+        "one process": [{"seconds": [2.0, 3.0]}, {"seconds": [4.0]}],
+        "two processes": [{"seconds": [3.3]}],
+    }
+    found = plot.of_processes({"machine": {}, "size": "smollm2", **rows})
+    assert found["curves"] == {
+        "processes": [{"at": 1, "seconds": [2.0, 3.0, 4.0]}, {"at": 2, "seconds": [3.3]}]
+    }
+    assert plot.of_processes(record()) == record()
+
+
 def test_what_nobody_can_draw_is_refused(plot: ModuleType) -> None:
     with pytest.raises(ValueError, match="curves: got speed; wanted some of languages, boundaries"):
         plot.draw([record(speed=[{"at": 1, "seconds": [1.0]}])])
     with pytest.raises(ValueError, match="no record has any"):
         plot.draw([record()])
+
+
+@pytest.mark.slow("takes training steps of a tiny model")
+def test_the_measurement_is_what_is_drawn(plot: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "tiny.json"
+    command = [sys.executable, "-P", str(SCRIPT.with_name("growth.py")), "--size", "tiny", "--rounds", "1"]
+    result = subprocess.run(
+        [*command, "--device", "cpu", "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = json.loads(out.read_text(encoding="utf-8"))
+    flops = {name: [point["flops"] for point in curve] for name, curve in made["curves"].items()}
+    assert set(flops) == {"languages", "boundaries", "pairs", "length"}
+    assert len(set(flops["languages"])) == 1  # as many products, however many languages
+    assert all(curve == sorted(set(curve)) for name, curve in flops.items() if name != "languages")
+    assert len(plot.draw([made]).axes) == 4
 
 
 def test_the_script_writes_a_picture(
