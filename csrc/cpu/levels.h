@@ -27,7 +27,7 @@ enum class Level : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 #define SHIFCON_PICK(name) (&::shifcon::baseline::name)
 #endif
 
-// The best level of this machine, or a lower one named by the environment variable SHIFCON_CPU_LEVEL
+// The fastest level of this machine, or what the environment variable SHIFCON_CPU_LEVEL names of those that it has
 // ("baseline", "avx2", "avx512", "avx512_bf16"), read once.
 Level level();
 
