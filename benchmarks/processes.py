@@ -131,6 +131,12 @@ def main() -> None:
         "one process": taken[1],
         "two processes": taken[2],
         "two processes / one": medians[2] / medians[1],
+        "curves": {  # for growth_plot.py
+            "processes": [
+                {"at": count, "seconds": [seconds for row in rows for seconds in row["seconds"]]}
+                for count, rows in taken.items()
+            ]
+        },
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "processes.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
