@@ -6,13 +6,15 @@
 The contrastive loss alone, forward and backward, of a randomly initialised model in NF4 with LoRA: N pairs in one
 pass, and ``--times`` as many in mini-batches of N. Every measurement is a process of its own, so that its peak is
 its own; they take turns. On the CPU the peak is what the kernel counts (VmHWM, set back once the model is there);
-on CUDA it is the allocator's. Writes DIR/gradient_cache.json.
+on CUDA it is the allocator's. glibc is told to give blocks of a MiB and more back when they are freed: by itself it
+moves its threshold up to 32 MiB and keeps them in pieces. Writes DIR/gradient_cache.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 sys.path[:0] = [str(HERE), str(HERE / "step")]
 
 
@@ -115,6 +118,7 @@ def main() -> None:
 
     record: dict[str, Any] = {
         "machine": machine(options.device),
+        "malloc": MALLOC,
         "checkpointing": options.checkpointing,
         "sizes": {},
     }
@@ -125,7 +129,9 @@ def main() -> None:
             for many, rows in taken.items():
                 command = [sys.executable, "-P", __file__, "--size", size, "--one", str(many)]
                 command += ["--device", options.device, *(["--checkpointing"] * options.checkpointing)]
-                found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found = subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **MALLOC}
+                ).stdout
                 rows.append(json.loads(found.splitlines()[-1]))
         plain, cached = (
             {
