@@ -6,8 +6,8 @@
 The contrastive loss alone, forward and backward, of a randomly initialised model in NF4 with LoRA: N pairs in one
 pass, and ``--times`` as many in mini-batches of N. Every measurement is a process of its own, so that its peak is
 its own; they take turns. On the CPU the peak is what the kernel counts (VmHWM, set back once the model is there);
-on CUDA it is the allocator's. glibc is told to give blocks of a MiB and more back when they are freed: by itself it
-moves its threshold up to 32 MiB and keeps them in pieces. Writes DIR/gradient_cache.json.
+on CUDA it is the allocator's. glibc is told to give blocks of 64 KiB back when they are freed: by itself it
+moves that bound up to 32 MiB and keeps them in pieces. Writes DIR/gradient_cache.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 sys.path[:0] = [str(HERE), str(HERE / "step")]
 
 
