@@ -49,7 +49,7 @@ def bound(points: Points) -> list[float] | None:
 
 def of_processes(record: Record) -> Record:
     """A record of ``processes.py`` as one of a single curve; any other as it is."""
-    if "two processes" not in record:
+    if "curves" in record:
         return record
     counts = {1: record["one process"], 2: record["two processes"]}
     points = [{"at": n, "seconds": [s for row in rows for s in row["seconds"]]} for n, rows in counts.items()]

@@ -7,6 +7,7 @@ holds is *not measured*.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,6 +329,31 @@ _LOSS: dict[str, Callable[[Row], str]] = {
     "Loss: all logits, chunked": lambda row: f"{row['loss']['all logits']:.5f}, {row['loss']['chunked']:.5f}",
 }
 
+
+def growth_rows(record: Record) -> list[Row]:
+    """One row per curve of ``growth.py``."""
+    return [
+        {"size": record["size"], "what": name, "points": points} for name, points in record["curves"].items()
+    ]
+
+
+def _points(row: Row) -> str:
+    """The median at every point, and what the products alone would take from the first on."""
+    first = row["points"][0]
+    rate = first["flops"] / statistics.median(first["seconds"])
+    told = []
+    for point in row["points"]:
+        bound = point["flops"] / rate
+        told.append(f"{point['at']}: {statistics.median(point['seconds']):.2f} s ({bound:.2f})")
+    return ", ".join(told)
+
+
+_GROWTH: dict[str, Callable[[Row], str]] = {
+    "Shape": lambda row: row["size"],
+    "What grows": lambda row: row["what"],
+    "Step (products alone, from the first point on)": _points,
+}
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs,
     "turns": turns,
@@ -355,5 +381,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "step on a GPU": Listing("*/step.json", _STEP, rows=step_rows, wanted=on_cuda),
     "loss without logits": Listing("chunked_loss/*.json", _LOSS, rows=loss_ways, about=machine),
     "gradient caching": Listing("gradient_cache/*.json", _CACHED, rows=cached_pairs, about=machine),
+    "growth": Listing("growth/*.json", _GROWTH, rows=growth_rows, about=machine),
     "two processes": Listing("processes/*.json", _PROCESSES, rows=lambda record: [record], about=machine),
 }
