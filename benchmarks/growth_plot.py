@@ -47,15 +47,6 @@ def bound(points: Points) -> list[float] | None:
     return [point["flops"] / rate for point in points]
 
 
-def of_processes(record: Record) -> Record:
-    """A record of ``processes.py`` as one of a single curve; any other as it is."""
-    if "curves" in record:
-        return record
-    counts = {1: record["one process"], 2: record["two processes"]}
-    points = [{"at": n, "seconds": [s for row in rows for s in row["seconds"]]} for n, rows in counts.items()]
-    return {"machine": record["machine"], "size": record["size"], "curves": {"processes": points}}
-
-
 def draw(records: Sequence[Record]) -> Figure:
     """A panel for each quantity that any record has, a line for each record.
 
@@ -101,7 +92,7 @@ def main() -> None:
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/images/growth.png"))
     options = parser.parse_args()
-    figure = draw([of_processes(json.loads(file.read_text(encoding="utf-8"))) for file in options.records])
+    figure = draw([json.loads(file.read_text(encoding="utf-8")) for file in options.records])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
 

@@ -43,18 +43,6 @@ def test_a_panel_holds_medians_and_the_products_alone(plot: ModuleType) -> None:
     assert all(panel.get_ylim()[0] == 0 for panel in figure.axes)
 
 
-def test_two_processes_are_a_curve_of_their_own(plot: ModuleType) -> None:
-    rows = {
-        "one process": [{"seconds": [2.0, 3.0]}, {"seconds": [4.0]}],
-        "two processes": [{"seconds": [3.3]}],
-    }
-    found = plot.of_processes({"machine": {}, "size": "smollm2", **rows})
-    assert found["curves"] == {
-        "processes": [{"at": 1, "seconds": [2.0, 3.0, 4.0]}, {"at": 2, "seconds": [3.3]}]
-    }
-    assert plot.of_processes(record()) == record()
-
-
 def test_what_nobody_can_draw_is_refused(plot: ModuleType) -> None:
     with pytest.raises(ValueError, match="curves: got speed; wanted some of languages, boundaries"):
         plot.draw([record(speed=[{"at": 1, "seconds": [1.0]}])])
