@@ -2,7 +2,7 @@
 
     python benchmarks/growth_plot.py RECORD... [--out docs/images/growth.png]
 
-A record is what ``processes.py`` writes, or ``growth.py``: ``machine``, ``size``, and ``curves``: by what grows
+A record is what ``processes.py`` writes, or ``step/growth.py``: ``machine``, ``size``, ``curves``: by what grows
 (languages, boundaries, pairs, length, processes) a list of points ``{"at": 4, "seconds": [1.52, 1.49, …]}``, and,
 where the matrix products of a step were counted, ``"flops"``. One panel each: medians with quartiles, from zero,
 and dashed what the products alone would take at the rate of the first point.

@@ -331,20 +331,22 @@ _LOSS: dict[str, Callable[[Row], str]] = {
 
 
 def growth_rows(record: Record) -> list[Row]:
-    """One row per curve of ``growth.py``."""
+    """One row per curve of ``step/growth.py``."""
     return [
         {"size": record["size"], "what": name, "points": points} for name, points in record["curves"].items()
     ]
 
 
 def _points(row: Row) -> str:
-    """The median at every point, and what the products alone would take from the first on."""
+    """The median at every point, and, where products were counted, what they alone would take from the first on."""
     first = row["points"][0]
-    rate = first["flops"] / statistics.median(first["seconds"])
     told = []
     for point in row["points"]:
-        bound = point["flops"] / rate
-        told.append(f"{point['at']}: {statistics.median(point['seconds']):.2f} s ({bound:.2f})")
+        text = f"{point['at']}: {statistics.median(point['seconds']):.2f} s"
+        if first.get("flops") and point.get("flops"):
+            bound = statistics.median(first["seconds"]) * point["flops"] / first["flops"]
+            text += f" ({bound:.2f})"
+        told.append(text)
     return ", ".join(told)
 
 

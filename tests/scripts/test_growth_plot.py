@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,28 +46,6 @@ def test_what_nobody_can_draw_is_refused(plot: ModuleType) -> None:
         plot.draw([record(speed=[{"at": 1, "seconds": [1.0]}])])
     with pytest.raises(ValueError, match="no record has any"):
         plot.draw([record()])
-
-
-@pytest.mark.slow("takes training steps of a tiny model")
-def test_the_measurement_is_what_is_drawn(plot: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    out = tmp_path / "tiny.json"
-    command = [sys.executable, "-P", str(SCRIPT.with_name("growth.py")), "--size", "tiny", "--rounds", "1"]
-    result = subprocess.run(
-        [*command, "--device", "cpu", "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    made = json.loads(out.read_text(encoding="utf-8"))
-    flops = {name: [point["flops"] for point in curve] for name, curve in made["curves"].items()}
-    assert set(flops) == {"languages", "boundaries", "pairs", "length"}
-    assert len(set(flops["languages"])) == 1  # as many products, however many languages
-    assert all(curve == sorted(set(curve)) for name, curve in flops.items() if name != "languages")
-    assert len(plot.draw([made]).axes) == 4
 
 
 def test_the_script_writes_a_picture(
