@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -75,10 +76,13 @@ class ShardedTrainer:
 
 
 class CheckUnits(TrainerCallback):
-    """See :func:`check_units`, once the model is sharded."""
+    """See :func:`check_units`, once the model is sharded; and it is the root of its units from then on."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_units(model)
+        if isinstance(model, FSDPModule):
+            # FSDP2 takes for the root what runs first, and that may be a block of the contrastive pass.
+            model._get_fsdp_state()._lazy_init()
 
 
 def check_processes(accelerator: Any) -> None:
@@ -152,8 +156,6 @@ def check_units(model: nn.Module) -> None:
         ValueError: a policy cuts a block in two, or leaves blocks to a larger unit; or 4-bit weights would stay
             whole on every process.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     if not isinstance(model, FSDPModule):
         return
     decoder = locate_decoder(model)
