@@ -29,6 +29,7 @@ from shifcon_fast.training.adapter_files import shift_is_not_lost, warn_of_what_
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import attach_for_training, check_same_run
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
+from shifcon_fast.training.compiling import KeepCompilable
 from shifcon_fast.training.contrastive_data import make_sampler
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
@@ -130,6 +131,7 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
         self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(CheckUnits())
+        self.add_callback(KeepCompilable())
         self.add_callback(_StepEnd(self))
 
     def _set_up_method(self, model: Any, args: ShifConArguments, tokenizer: Any, parallel: Any) -> None:
