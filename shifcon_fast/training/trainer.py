@@ -21,6 +21,7 @@ from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.evaluation_mode import drops_out, evaluation_mode
 from shifcon_fast.notices import warn_once
+from shifcon_fast.objective.early_gradient import can_go_early, with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
@@ -187,6 +188,10 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
         L_gen is the mean over all learnt tokens of the step's micro-batches (and processes), L_mcl the mean over
         its contrastive batches; so are the losses of :mod:`.pivot_keeping`, where they have a weight.
         """
+        accumulation = self.current_gradient_accumulation_steps if model.training else 1
+        contrastive, early = None, model.training and self._sampler is not None and self._goes_early(model)
+        if early:  # nothing of it is held any more when the generation pass needs its memory
+            contrastive = self._contrastive_share(model, accumulation, early=True)
         inputs = dict(inputs)
         language_ids = inputs.get("language_ids")
         if self.handle is None or not self.args.shift:
@@ -199,21 +204,18 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             self._add_language_losses(tokens, language_ids, training=model.training)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
-        accumulation = self.current_gradient_accumulation_steps
         counts_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if num_items_in_batch is None or not counts_tokens:
             loss = loss / accumulation
+        if self._sampler is not None and not early:
+            contrastive = self._contrastive_share(model, accumulation, early=False)
         shares = {"loss_generation": loss}
-        if self._sampler is not None:
+        if contrastive is not None:
+            shares["loss_contrastive"] = contrastive
+        if self._sampler is not None and self.args.keeps_pivot:
             batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
-            follow = self._follow_in_passing(model, batch)
-            if self.args.w_mcl:
-                shares["loss_contrastive"] = self._contrastive_loss(model, batch, follow) / accumulation
-            if follow is None:
-                self._follow(model, batch)
-            if self.args.keeps_pivot:
-                kept = self._pivot_losses(model, batch)
-                shares |= {name: each / accumulation for name, each in kept.items()}
+            kept = self._pivot_losses(model, batch)
+            shares |= {name: each / accumulation for name, each in kept.items()}
         step, micro = self._micro_batch
         self._watch.note(shares, step + 1, micro)
         for name, share in shares.items():
@@ -234,6 +236,28 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             replay=bool(self.args.w_replay),
             distillation=bool(self.args.w_distillation),
         )
+
+    def _goes_early(self, model: Any) -> bool:
+        """Whether the contrastive loss goes through backward before the generation pass.
+
+        Not where weights are sharded, whose root must run first; not with float16's scaler, as gradients would be
+        too small without it.
+        """
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return not sharded and self.accelerator.scaler is None and can_go_early(_trained(model))
+
+    def _contrastive_share(self, model: Any, accumulation: int, *, early: bool) -> Tensor | None:
+        """A micro-batch's share of the step's L_mcl; the vectors take note of its sentences."""
+        assert self._sampler is not None
+        batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
+        follow, share = self._follow_in_passing(model, batch), None
+        if self.args.w_mcl:
+            share = self._contrastive_loss(model, batch, follow) / accumulation
+            if early:
+                share = with_gradient_now(share, _trained(model))
+        if follow is None:
+            self._follow(model, batch)
+        return share
 
     def _contrastive_loss(
         self, model: Any, batch: ContrastiveBatch, follow: Callable[[Tensor], None] | None = None
@@ -523,6 +547,10 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             requested = bool(self._sum_over_processes(torch.tensor(float(requested))) > 0)
         self._interrupt.requested = requested
         return requested
+
+
+def _trained(model: Any) -> list[Any]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 class _StepEnd(TrainerCallback):
