@@ -55,7 +55,7 @@ SUITES = (
     Suite("operators", ("test_ratios.py",), 4),
     Suite("operators_avx2", ("test_ratios.py",), 4, AVX2, devices=("cpu",)),
     Suite("blocks", ("test_block.py",), 1),
-    Suite("step", ("test_step.py",), 5, options=("-k", "not gemma3")),
+    Suite("step", ("test_step.py",), 6, options=("-k", "not gemma3")),
     Suite("step_gemma3", ("test_step.py",), 8, options=("-k", "gemma3"), devices=("cpu",)),
     Suite("models", ("test_models.py",), 1.5),
     Suite("check", ("test_ratios.py",), 1.5, ONE_THREAD, CHECK, devices=("cpu",)),

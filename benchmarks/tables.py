@@ -246,8 +246,23 @@ def step_rows(record: Record) -> list[Row]:
                 own = {"size": size["size"], "variant": name, "bound": row["ms"] / bound}
                 reached = (authors["ms"] / row["ms"]) / (authors["flops"] / row["flops"])
                 own |= {"authors": authors["ms"] / row["ms"], "of_flops": reached}
+                if row.get("peak_mib") and authors.get("peak_mib"):
+                    own["memory"] = row["peak_mib"] / authors["peak_mib"]
+                own["by_turn"] = _ratios(row, variants["ours"])
                 found.append({**row, **own})
     return found
+
+
+def _ratios(row: Row, ours: Row) -> list[float]:
+    return [a / b for a, b in zip(row.get("seconds", ()), ours.get("seconds", ()), strict=False)]
+
+
+def _by_turn(ratios: Sequence[float]) -> str:
+    """The median of ratios, and their quartiles."""
+    if len(ratios) < 2:
+        return "–"
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.3f} ({lower:.3f}–{upper:.3f})"
 
 
 def _memory(row: Row) -> str:
@@ -262,6 +277,8 @@ _STEP: dict[str, Callable[[Row], str]] = {
     "… of the ratio in FLOPs": lambda row: f"{row['of_flops']:.2f}",
     "This ÷ plain QLoRA × needed FLOPs": lambda row: f"{row['bound']:.2f}",
     "Peak memory": _memory,
+    "÷ authors'": lambda row: f"{row['memory']:.2f}" if row.get("memory") else "–",
+    "This ÷ ours, turn by turn": lambda row: _by_turn(row["by_turn"]),
     "Loss": lambda row: f"{row['loss']:.4f}",
 }
 

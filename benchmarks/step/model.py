@@ -124,8 +124,10 @@ SIZES = {
 }
 
 
-def build(size: Size, device: torch.device, *, rank: int = 16, seed: int = 0) -> Any:
-    """A PEFT model in training mode with gradient checkpointing; LoRA on every linear layer of the blocks.
+def build(
+    size: Size, device: torch.device, *, rank: int = 16, seed: int = 0, checkpointing: bool = True
+) -> Any:
+    """A PEFT model in training mode; LoRA on every linear layer of the blocks.
 
     LoRA's second matrices are random, not zero, so that every gradient is dense.
     """
@@ -149,7 +151,8 @@ def build(size: Size, device: torch.device, *, rank: int = 16, seed: int = 0) ->
     model.is_loaded_in_4bit = True  # what tells PEFT to put its 4-bit LoRA layers there
     keep_4bit_trainable(model)
     model.requires_grad_(False)
-    enable_gradient_checkpointing(model)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

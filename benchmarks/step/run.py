@@ -1,14 +1,15 @@
 """Time, memory and whereabouts of one real training step: plain QLoRA, the authors' recipe, ours, and ablations.
 
-    python benchmarks/step/run.py --out DIR --size llama-3-8b|1b|tiny [--device cuda|cpu] [--steps 5]
-        [--variant NAME]...
+    python benchmarks/step/run.py --out DIR --size llama-3-8b|1b|smollm2|gemma3|tiny [--device cuda|cpu]
+        [--steps 5] [--variant NAME]... [--no-checkpointing]
 
 A randomly initialised model in NF4 with LoRA on every linear layer; a step is forward, backward and the AdamW
-update of the adapters, under gradient checkpointing. The learning rate is 0: the update does its work, and every
-variant meets the same weights. The variants take turns, so that a drifting clock meets them alike; each figure is
-the median with the distance between the quartiles. TFLOP/s count the matrix products that ran, recomputation
-included. Writes DIR/step.json anew whenever more is known, the profiles last; a variant that runs out of memory is
-recorded so. The matrix product's rate is taken from DIR/ceilings.json where that is.
+update of the adapters, under gradient checkpointing or without. The learning rate is 0: the update does its work,
+and every variant meets the same weights. The variants take turns, so that a drifting clock meets them alike; each
+figure is the median with the distance between the quartiles. TFLOP/s count the matrix products that ran,
+recomputation included. Writes DIR/step.json anew whenever more is known, the profiles last; a variant that runs out
+of memory is recorded so. On the CPU the peak memory is that of a process of its own, above what its imports take
+(``memory.py``). The matrix product's rate is taken from DIR/ceilings.json where that is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import platform
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +39,18 @@ from timing import Timing
 from variants import VARIANTS, Batch, make_batch, make_space
 
 TOP_KERNELS = 25
+WITH_MEMORY = ("plain QLoRA", "authors' recipe", "ours", "ours, all logits and one backward")
+"""Variants whose peak memory is taken on the CPU, which takes a process each."""
 
 
 class Runner:
     """Takes steps of one model, and measures them."""
 
-    def __init__(self, size: str, device: torch.device) -> None:
+    def __init__(
+        self, size: str, device: torch.device, *, checkpointing: bool = True, model: Any = None
+    ) -> None:
         self.size, self.device = SIZES[size], device
-        self.model = build(self.size, device)
+        self.model = build(self.size, device, checkpointing=checkpointing) if model is None else model
         self.batch: Batch = make_batch(self.size, device)
         self.space = make_space(self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -147,6 +157,9 @@ def measure(
     steps: int,
     variants: Sequence[str],
     write: Callable[[dict[str, Any]], None],
+    *,
+    checkpointing: bool = True,
+    profiles: bool = True,
 ) -> dict[str, Any]:
     """Everything that step.json holds; ``write`` gets it whenever there is more of it."""
     shape = SIZES[size]
@@ -158,14 +171,18 @@ def measure(
         "area": shape.area,
         "generation": shape.generation,
         "pairs": shape.pairs,
+        "checkpointing": checkpointing,
+        "machine": machine(),
         "matmul_flop_s": multiplied,
         "variants": found,
         "saved_ms": {},
     }
-    runner = Runner(size, device)
+    runner = Runner(size, device, checkpointing=checkpointing)
     for variant in variants:
         try:
             found[variant] = runner.first(variant)
+            if device.type == "cpu" and variant in WITH_MEMORY and size != "tiny":
+                found[variant]["peak_mib"] = peak_of_a_process(size, variant, checkpointing)
         except torch.cuda.OutOfMemoryError as error:
             found[variant] = {"error": str(error).splitlines()[0]}
             runner.optimizer.zero_grad(set_to_none=True)
@@ -181,15 +198,54 @@ def measure(
                 ms=timing.median * 1e3,
                 iqr_ms=timing.iqr * 1e3,
                 steps=timing.rounds,
+                seconds=taken[variant],
                 tflop_s=flops / timing.median / 1e12,
                 percent_of_matmul=100 * flops / timing.median / multiplied,
             )
         record["saved_ms"] = contributions(found)
         write(record)
-    for variant in usable:
+    for variant in usable if profiles else ():
         found[variant]["kernels"] = runner.kernels(variant)
         write(record)
     return record
+
+
+def norms_interval(record: dict[str, Any]) -> tuple[float, float, float] | None:
+    """Ours over ours with transformers' norms, turn by turn: lower quartile, median, upper quartile."""
+    rows = [record["variants"].get(name, {}).get("seconds") for name in ("ours", "ours, transformers' norms")]
+    if not all(rows) or len(rows[0]) < 2:
+        return None
+    ratios = [ours / theirs for ours, theirs in zip(*rows, strict=True)]
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return lower, middle, upper
+
+
+def peak_of_a_process(size: str, variant: str, checkpointing: bool) -> float:
+    """MiB, of a process of its own; memory goes back to the system as soon as it is freed there."""
+    command = [sys.executable, str(Path(__file__).with_name("memory.py")), size, variant]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "0"}
+    result = subprocess.run(
+        [*command, *(["--checkpointing"] if checkpointing else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(result.stdout.split()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """What a record was made on."""
+    from cpuinfo import get_cpu_info
+
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    return {
+        "cpu": get_cpu_info().get("brand_raw"),
+        "level": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+    }
 
 
 def product_rate(device: torch.device, small: bool) -> float:
@@ -205,6 +261,8 @@ def contributions(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     parts = {
         "fused norms": "ours, transformers' norms",
         "cut contrastive pass": "ours, contrastive pass not cut",
+        "rows without padding": "ours, sentences padded",
+        "no logits, and the contrastive loss first": "ours, all logits and one backward",
         "everything, against the authors' recipe": "authors' recipe",
     }
     ours = found.get("ours", {}).get("ms")
@@ -226,6 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--variant", action="append", choices=VARIANTS, help="one of those to time; repeat it"
     )
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     measured_before = options.out / "ceilings.json"
@@ -236,7 +295,12 @@ def main() -> None:
         (options.out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     record = measure(
-        options.size, torch.device(options.device), options.steps, options.variant or list(VARIANTS), write
+        options.size,
+        torch.device(options.device),
+        options.steps,
+        options.variant or list(VARIANTS),
+        write,
+        checkpointing=not options.no_checkpointing,
     )
     for name, row in record["variants"].items():
         memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
@@ -244,6 +308,9 @@ def main() -> None:
         print(f"{name:32s} {time_} {memory} loss {row.get('loss', float('nan')):.4f}")
     for part, saved in record["saved_ms"].items():
         print(f"{part}: {saved:+.1f} ms saved")
+    if (norms := norms_interval(record)) is not None:
+        lower, middle, upper = norms
+        print(f"ours / ours with transformers' norms: {middle:.3f} ({lower:.3f}-{upper:.3f})")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,22 @@ from torch.nn.functional import normalize
 
 import shifcon_fast as sf
 from shifcon_fast import ops
+from shifcon_fast.modeling import boundaries
 from shifcon_fast.modeling.architectures import locate_decoder
+from shifcon_fast.objective.early_gradient import with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_from_representations
+from shifcon_fast.training.loss_without_logits import LossWithoutLogits
 
 W_GEN, W_MCL, TEMPERATURE = 0.5, 2.0, 1.0
-LANGUAGES = ("en", "sw")
+PIVOT = "en"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """generation (R, T); pivot (N, T_p) and other (N, T_o) as the authors feed them, pairs (2N, T_o) as we do."""
+    """generation (R, T); pivot (N, T_p) and other (N, T_o) as the authors feed them, pairs (2N, T_o) as we do.
+
+    The pairs are on the host, from where the collator gives them.
+    """
 
     generation: Tensor
     pivot: Tensor
@@ -37,8 +43,11 @@ class Batch:
     pairs: ContrastiveBatch
 
 
-def make_batch(size: Size, device: torch.device, seed: int = 1) -> Batch:
-    """Random tokens; every row as long as the recipe cuts it, pivot rows padded on the right in ``pairs``."""
+def make_batch(size: Size, device: torch.device, seed: int = 1, languages: int = 1) -> Batch:
+    """Random tokens; every row as long as the recipe cuts it, pivot rows padded on the right in ``pairs``.
+
+    The translations are in so many languages, in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = size.config["vocab_size"]
     count, length_pivot, length_other = size.pairs
@@ -49,26 +58,27 @@ def make_batch(size: Size, device: torch.device, seed: int = 1) -> Batch:
     generation = tokens(*size.generation)
     pivot, other = tokens(count, length_pivot), tokens(count, length_other)
     padded = torch.nn.functional.pad(pivot, (0, length_other - length_pivot))
-    mask = torch.ones(2 * count, length_other, dtype=torch.long, device=device)
+    mask = torch.ones(2 * count, length_other, dtype=torch.long)
     mask[:count, length_pivot:] = 0
     pairs: ContrastiveBatch = {
-        "input_ids": torch.cat([padded, other]),
+        "input_ids": torch.cat([padded, other]).cpu(),
         "attention_mask": mask,
         "pool_mask": mask,
-        "language_ids": torch.tensor([0] * count + [1] * count, device=device),
+        "language_ids": torch.tensor([0] * count + [1 + row % languages for row in range(count)]),
     }
     return Batch(generation, pivot, other, pairs)
 
 
-def make_space(model: Any, seed: int = 2) -> sf.LanguageSpace:
-    """Two random language vectors per boundary."""
+def make_space(model: Any, seed: int = 2, languages: int = 2) -> sf.LanguageSpace:
+    """So many random language vectors per boundary, the pivot's among them."""
     decoder = locate_decoder(model)
-    shape = (decoder.num_boundaries, len(LANGUAGES), decoder.hidden_size)
+    codes = (PIVOT, *(f"l{index}" for index in range(languages - 1)))
+    shape = (decoder.num_boundaries, len(codes), decoder.hidden_size)
     return sf.LanguageSpace(
-        languages=LANGUAGES,
-        pivot=LANGUAGES[0],
+        languages=codes,
+        pivot=PIVOT,
         mean=0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
-        counts=dict.fromkeys(LANGUAGES, 2),
+        counts=dict.fromkeys(codes, 2),
         rms=torch.ones(shape[0]),
         median_norm=torch.ones(shape[:2]),
         sink_share=torch.zeros(shape[:2]),
@@ -132,29 +142,54 @@ def _authors_contrast(pivot: Any, other: Any, boundaries: range) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _attached(*, fused_norms: bool, cut: bool) -> Callable[..., Any]:
+def _attached(
+    *, fused_norms: bool = True, cut: bool = True, packed: bool = True, all_at_once: bool = False
+) -> Callable[..., Any]:
+    """Our step, or what it is without one of its parts.
+
+    Args:
+        fused_norms: the operators' norms; else transformers' own.
+        cut: the contrastive pass ends at boundary b-1; else it runs every block and the head.
+        packed: sentences share rows; else they are padded.
+        all_at_once: all logits, and one backward of both losses; else the loss without logits, and the contrastive
+            one gone through backward first.
+    """
+
     @contextmanager
     def variant(model: Any, batch: Batch, area: tuple[int, int], space: sf.LanguageSpace) -> Iterator[Loss]:
         with ExitStack() as stack:
             handle = stack.enter_context(sf.attach(model, space, *area, recipe="official"))
-            if (
-                not fused_norms
-            ):  # a norm with a hook is called as a module, so the block runs transformers' norms
-                handles: list[Any] = []
-                on_every_norm(model, lambda norm: handles.append(norm.register_forward_hook(_nothing)))
-                for each in handles:
-                    stack.callback(each.remove)
-            ids = torch.ones(batch.generation.shape[0], dtype=torch.long, device=batch.generation.device)
+            if not fused_norms:
+                # A norm with a hook is called as a module, so the block runs transformers' norms.
+                on_every_norm(model, lambda norm: stack.callback(norm.register_forward_hook(_nothing).remove))
+            if not packed:
+                stack.callback(setattr, boundaries, "packing_of", boundaries.packing_of)
+                boundaries.packing_of = lambda *_: None
+            languages = int(batch.pairs["language_ids"].max())
+            rows = torch.arange(batch.generation.shape[0], device=batch.generation.device)
+            ids = 1 + rows % languages
+            weights = [weight for weight in model.parameters() if weight.requires_grad]
+            without_logits = LossWithoutLogits(model.get_base_model())
+
+            def generate() -> Tensor:
+                inputs = {"input_ids": batch.generation, "labels": batch.generation, "use_cache": False}
+                if all_at_once:
+                    return model(**inputs, language_ids=ids).loss
+                with without_logits.engaged(None) as found:
+                    loss = model(**inputs, language_ids=ids).loss
+                assert found.problem is None, found.problem
+                return loss
+
+            def contrast() -> Tensor:
+                if cut:
+                    return sf.mcl_loss(model, batch.pairs, handle, mode="pooled", temperature=TEMPERATURE)
+                return _uncut_contrast(model, batch.pairs, range(*area))
 
             def loss() -> Tensor:
-                generation = model(
-                    input_ids=batch.generation, labels=batch.generation, language_ids=ids, use_cache=False
-                ).loss
-                if cut:
-                    contrast = sf.mcl_loss(model, batch.pairs, handle, mode="pooled", temperature=TEMPERATURE)
-                else:
-                    contrast = _uncut_contrast(model, batch.pairs, range(*area))
-                return W_GEN * generation + W_MCL * contrast
+                if all_at_once:
+                    return W_GEN * generate() + W_MCL * contrast()
+                contrastive = with_gradient_now(contrast(), weights)
+                return W_GEN * generate() + W_MCL * contrastive
 
             yield loss
 
@@ -167,13 +202,14 @@ def _nothing(module: Any, arguments: Any, output: Any) -> None:
 
 def _uncut_contrast(model: Any, pairs: ContrastiveBatch, boundaries: range) -> Tensor:
     """The contrastive loss of one pass through every block and the LM head, all hidden states kept."""
+    device = next(model.parameters()).device
     states = model(
-        input_ids=pairs["input_ids"],
-        attention_mask=pairs["attention_mask"],
+        input_ids=pairs["input_ids"].to(device),
+        attention_mask=pairs["attention_mask"].to(device),
         use_cache=False,
         output_hidden_states=True,
     ).hidden_states
-    means = torch.stack([ops.masked_mean_pool(states[k], pairs["pool_mask"]) for k in boundaries])
+    means = torch.stack([ops.masked_mean_pool(states[k], pairs["pool_mask"].to(device)) for k in boundaries])
     count = means.shape[1] // 2
     return mcl_from_representations(
         means[:, :count], means[:, count:], mode="pooled", temperature=TEMPERATURE
@@ -183,8 +219,10 @@ def _uncut_contrast(model: Any, pairs: ContrastiveBatch, boundaries: range) -> T
 VARIANTS: dict[str, Callable[..., Any]] = {
     "plain QLoRA": plain,
     "authors' recipe": authors,
-    "ours": _attached(fused_norms=True, cut=True),
-    "ours, transformers' norms": _attached(fused_norms=False, cut=True),
-    "ours, contrastive pass not cut": _attached(fused_norms=True, cut=False),
+    "ours": _attached(),
+    "ours, transformers' norms": _attached(fused_norms=False),
+    "ours, sentences padded": _attached(packed=False),
+    "ours, all logits and one backward": _attached(all_at_once=True),
+    "ours, contrastive pass not cut": _attached(cut=False),
 }
 SAME_LOSS = tuple(name for name in VARIANTS if name != "plain QLoRA")
