@@ -50,10 +50,11 @@ class Suite:
 
 AVX2 = levels.HELD["avx2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TURNS = ("--turn-seconds", "10")
 CHECK = ("--turn-seconds", "3", "--cpu-clock")
 SUITES = (
-    Suite("operators", ("test_ratios.py",), 4),
-    Suite("operators_avx2", ("test_ratios.py",), 4, AVX2, devices=("cpu",)),
+    Suite("operators", ("test_ratios.py",), 3, options=TURNS),
+    Suite("operators_avx2", ("test_ratios.py",), 3, AVX2, TURNS, devices=("cpu",)),
     Suite("blocks", ("test_block.py",), 1),
     Suite("step", ("test_step.py",), 6, options=("-k", "not gemma3")),
     Suite("step_gemma3", ("test_step.py",), 8, options=("-k", "gemma3"), devices=("cpu",)),
