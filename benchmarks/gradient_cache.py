@@ -34,21 +34,17 @@ def measure(size: str, times: int, device: torch.device, checkpointing: bool) ->
     from dataclasses import replace
 
     from model import SIZES, build
-    from variants import LANGUAGES, make_batch, make_space
+    from variants import make_batch, make_space
 
     import shifcon_fast as sf
 
     shape = SIZES[size]
-    model = build(shape, device)
-    if not checkpointing:
-        base = model.get_base_model()
-        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+    model = build(shape, device, checkpointing=checkpointing)
     count, *lengths = shape.pairs
     batches = {
         many: make_batch(replace(shape, pairs=(count * many, *lengths)), device).pairs for many in {1, times}
     }
     handle = sf.attach(model, make_space(model), *shape.area, recipe="official")
-    assert handle.shift.languages[: len(LANGUAGES)] == LANGUAGES
 
     def step(many: int) -> float:
         model.zero_grad(set_to_none=True)

@@ -1,0 +1,31 @@
+"""The benchmarks of gradient caching and of two processes run, and compare the same computation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.mark.slow("each starts several processes, which import everything")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("gradient_cache", ["--times", "2", "--rounds", "1"]), ("processes", ["--steps", "1", "--rounds", "1"])],
+)
+def test_it_runs_on_a_tiny_model(name: str, arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(BENCHMARKS / f"{name}.py"), "--size", "tiny", "--out", str(tmp_path)]
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["machine"]["versions"]["torch"]
+    if name == "processes":
+        one, two = record["one process"][0], record["two processes"][0]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
+    else:
+        assert record["sizes"]["tiny"]["cached"][0]["pairs"] == 6
