@@ -5,7 +5,7 @@ measured on this machine with a sample of the model: its embedding and head, and
 weights. Blocks cost alike, so that
 
     seconds = t_generation · L / n + t_head + t_contrastive · (b - 1) / m + t_optimizer · L / n
-    bytes   = weights + adapters + max(kept + head, kept + kept_contrastive + block)
+    bytes   = weights + adapters + max(kept + head, kept + block, kept_contrastive + block_contrastive)
 
 where n blocks of L were sampled, m of them in the contrastive pass, whose whole has b - 1; *kept* is what the
 forward passes leave for the backward pass, *head* and *block* are what is there for a moment beside it. Adapters
@@ -162,9 +162,10 @@ def plan_step(
     optimizer = sample.seconds_of_optimizer()
     kept = round(generation.kept * share)
     kept_contrastive = round(contrastive.kept * run)
-    # The contrastive pass comes after the generation loss; one backward pass goes through both.
-    moment = max(generation.moment, contrastive.moment)
-    working = max(kept + head.kept + head.moment, kept + head.kept + kept_contrastive + moment)
+    # The contrastive loss goes through backward before the generation pass begins (objective/early_gradient).
+    working = max(
+        kept + head.kept + max(head.moment, generation.moment), kept_contrastive + contrastive.moment
+    )
     return StepPlan(
         seconds={
             "generation": generation.seconds * share,
