@@ -89,7 +89,7 @@ def run(size: str, steps: int, count: int, cores: int) -> dict[str, Any]:
     running = []
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": cores // count}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": max(1, cores // count)}
         command = [sys.executable, "-P", __file__, "--one", "--size", size, "--steps", str(steps)]
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))

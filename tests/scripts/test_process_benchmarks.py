@@ -16,7 +16,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.mark.slow("each starts several processes, which import everything")
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("gradient_cache", ["--times", "2", "--rounds", "1"]), ("processes", ["--steps", "1", "--rounds", "1"])],
+    [
+        ("gradient_cache", ["--times", "2", "--rounds", "1"]),
+        ("processes", ["--steps", "1", "--rounds", "1", "--cores", "1"]),
+    ],
 )
 def test_it_runs_on_a_tiny_model(name: str, arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(BENCHMARKS / f"{name}.py"), "--size", "tiny", "--out", str(tmp_path)]
