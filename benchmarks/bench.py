@@ -96,6 +96,9 @@ def run(suite: Suite, out: Path, seconds: float, smoke: bool) -> str | None:
     ]
     command += ["--smoke"] if smoke else []
     environment = {"OMP_WAIT_POLICY": "active", **os.environ, **suite.environment}
+    environment.pop(
+        "PYTEST_XDIST_WORKER", None
+    )  # of a test that runs this: pytest-benchmark would measure nothing
     try:
         result = subprocess.run(
             [*command, *(str(FOLDER / file) for file in suite.files)],
@@ -105,6 +108,8 @@ def run(suite: Suite, out: Path, seconds: float, smoke: bool) -> str | None:
         )
         if result.returncode != 0:
             return f"pytest ended with {result.returncode}"
+        if not made.is_file():
+            return "pytest wrote no record"
         made.replace(out / f"{suite.name}.json")
     except subprocess.TimeoutExpired:
         return f"it was not done within the {seconds / 60:.0f} minutes that were left"

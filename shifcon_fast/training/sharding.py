@@ -8,6 +8,7 @@ the model around them, whose hooks therefore gather nothing for it: each block h
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -213,6 +214,5 @@ def _together(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     apart = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not apart:
         return nullcontext()
-    import deepspeed
-
+    deepspeed = sys.modules["deepspeed"]  # which has taken them apart
     return deepspeed.zero.GatheredParameters(apart)

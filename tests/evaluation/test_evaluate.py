@@ -54,7 +54,8 @@ def test_an_attached_model_is_measured_both_ways(attached, plain, word_tokenizer
         progress=False,
     )
     assert attached.model.training  # as it was before
-    assert found.area == {"forward": 1, "backward": 3, "alpha": 1.0, "recipe": "stable"}
+    area = {"forward": 1, "backward": 3, "alpha": 1.0, "recipe": "stable", "intervention": "mean"}
+    assert found.area == area
     assert list(found.retrieval) == ["unshifted", "shifted"]
     assert found.retrieval["shifted"].languages == ["en", "sw"]
     assert found.retrieval["shifted"].matrix_boundary == 1
