@@ -224,6 +224,7 @@ def test_every_suite_runs_in_small(tmp_path: Path) -> None:
         "operators_avx2",
         "blocks",
         "step",
+        "step_gemma3",
         "models",
         "check",
         "check_avx2",
