@@ -119,7 +119,7 @@ SIZES = {
         },
         area=(1, 3),
         generation=(2, 16),
-        pairs=(3, 5, 8),
+        pairs=(4, 4, 8),  # two pivot sentences fill a row
     ),
 }
 
