@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -168,20 +167,19 @@ def test_the_report_is_made_of_what_there_is(
         experiment["report"].write(tmp_path / "empty", tmp_path, document)
 
 
-def test_the_command_lists_and_refuses(results: Path) -> None:
-    command = [sys.executable, "-P", str(FOLDER / "run.py"), "--list", "--results", str(results)]
-    environment = {"PYTHONPATH": str(FOLDER), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [*command, "--models", MODEL, "--arms", "plain,shifcon"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
-    assert done.stdout.startswith("5 of 10 runs are done\n")
-    assert f"missing: {MODEL} shifcon 2" in done.stdout
-    bad = subprocess.run(
-        [*command, "--arms", "magic"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert bad.returncode == 1
-    assert "arms: got 'magic'; wanted some of base, plain" in bad.stderr
+def test_the_command_lists_and_refuses(
+    experiment: dict[str, ModuleType],
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["run.py", "--list", "--results", str(results), *options])
+        experiment["run"].main()
+        return capsys.readouterr().out
+
+    said = command("--models", MODEL, "--arms", "plain,shifcon")
+    assert said.startswith("5 of 10 runs are done\n")
+    assert f"missing: {MODEL} shifcon 2" in said
+    with pytest.raises(SystemExit, match="arms: got 'magic'; wanted some of base, plain"):
+        command("--arms", "magic")

@@ -44,7 +44,9 @@ def sample_of(config: Any, shape: StepShape, quantization: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "quantization", [pytest.param("nf4", marks=pytest.mark.slow("a second model to count")), "none"]
+)
 def test_bytes_are_those_of_the_whole_model(quantization: Any) -> None:
     """Sizes to the byte; what a step needs beside them within 15 %, from five blocks of twelve."""
     config = tiny_config(12, tie_word_embeddings=True)
@@ -74,6 +76,7 @@ def test_bytes_are_those_of_the_whole_model(quantization: Any) -> None:
     assert plan.peak - weights - adapters == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow("plans six steps, each of which is measured")
 def test_more_of_everything_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(6)
     plans = {
