@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import sys
 import time
@@ -64,6 +63,8 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
 def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results: Path) -> None:
     """Train, measure, and write the result; nothing else is kept."""
     folder = prepare(model, data=data, work=work)
+    from cldr_accuracy import processor  # of the examples too
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     start = time.monotonic()
     known: dict[str, Any] = {"model": model, "arm": arm, "seed": seed, "processor": processor()}
@@ -129,12 +130,6 @@ def instructions(arm: str, data: Path) -> list[dict[str, str]]:
         prompt = f"{_TRANSLATE[target]}: {text[source][row]}"
         tasks.append({"lang": target, "prompt": prompt, "response": text[target][row]})
     return [row for pair in zip(facts, tasks, strict=True) for row in pair]
-
-
-def processor() -> str:
-    """Of this machine, as /proc/cpuinfo names it."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def _rows(path: Path, rows: range) -> dict[str, list[str]]:

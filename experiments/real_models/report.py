@@ -20,7 +20,7 @@ from run import RESULTS, is_done, result_file
 from stored import read_run
 
 from shifcon_fast.evaluation.bootstrap import Interval
-from shifcon_fast.evaluation.cells import points
+from shifcon_fast.evaluation.cells import percent, points
 from shifcon_fast.evaluation.page import Section, Table
 from shifcon_fast.evaluation.plots import forest_plot
 from shifcon_fast.evaluation.report import write_report
@@ -107,7 +107,7 @@ def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, di
     rows = []
     for arm in comparison.systems:
         row = [arm, str(len(held[arm]))]
-        row += [_percent(comparison.share(arm, codes)) for codes in (list(WEAK), [PIVOT])]
+        row += [percent(comparison.share(arm, codes)) for codes in (list(WEAK), [PIVOT])]
         compared = arm in comparison.contenders
         for codes in (list(WEAK), [PIVOT]):
             row.append(points(comparison.difference(arm, PLAIN, codes)) if compared else "–")
@@ -116,8 +116,8 @@ def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, di
     header = [
         "arm",
         "seeds",
-        "weak languages, %",
-        f"{PIVOT}, %",
+        "weak languages",
+        PIVOT,
         "weak, against plain",
         f"{PIVOT}, against plain",
     ]
@@ -156,10 +156,6 @@ def replaced(text: str, name: str, content: str) -> str:
 
 def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:
     return sum(known["training_seconds"] for _, known in found) / len(found)
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.estimate:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 if __name__ == "__main__":

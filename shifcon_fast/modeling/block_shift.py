@@ -65,11 +65,6 @@ def remove_shift(block: nn.Module) -> None:
         block._non_persistent_buffers_set.discard(name)
 
 
-def is_shifted(block: nn.Module) -> bool:
-    """Whether :func:`put_shift` was called on the block."""
-    return SHIFT_TABLE in block._buffers
-
-
 def is_mapped(block: nn.Module) -> bool:
     """Whether the block's input is moved by a map, not by a constant for each language."""
     return any(name in block._buffers for name in BUFFERS[1:])
