@@ -31,4 +31,7 @@ def test_it_runs_on_a_tiny_model(name: str, arguments: list[str], tmp_path: Path
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
     else:
-        assert record["sizes"]["tiny"]["cached"][0]["pairs"] == 6
+        (one,), (cached,) = (record["sizes"]["tiny"][name] for name in ("one pass", "cached"))
+        assert one["mini_batch_size"] == cached["mini_batch_size"] == one["pairs"]
+        assert cached["pairs"] == 2 * one["pairs"]
+        assert cached["loss"] > one["loss"]  # more negatives
