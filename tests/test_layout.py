@@ -19,7 +19,6 @@ FLOORS = (
     {"training"},
     {"opening", "tables", "demo", "doctor"},
     {"workflow", "lm_eval_model"},
-    {"cli_options", "console"},
     {"cli"},
     {"__main__"},
 )

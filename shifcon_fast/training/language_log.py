@@ -110,8 +110,8 @@ class LanguageLog:
         means = self._training_losses.drain(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
         return {f"loss_generation_{language}": mean for language, mean in means.items()}
 
-    def _evaluate_by_language(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer.evaluation_loop``, with ``eval_loss_{language}`` and the metrics of each language."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``'s, with ``eval_loss_{language}`` and the metrics of each language."""
         self._evaluation_losses = LanguageLosses(self._languages)
         self._evaluated = []
         compute = self.compute_metrics

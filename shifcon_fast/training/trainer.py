@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn
 from shifcon_fast.data.parallel import Parallel, read_parallel
-from shifcon_fast.modeling.boundaries import boundary_representations
-from shifcon_fast.modeling.evaluation_mode import drops_out, evaluation_mode
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.early_gradient import can_go_early, with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.storage import replacing, staging_folder
-from shifcon_fast.training.adapter_files import shift_is_not_lost, warn_of_what_is_not_saved
+from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.attaching import attach_for_training, check_same_run
-from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints, rotate
+from shifcon_fast.training.attaching import attach_for_training
+from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.compiling import KeepCompilable
 from shifcon_fast.training.contrastive_data import make_sampler
+from shifcon_fast.training.following import FollowingTrainer
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptOnce
 from shifcon_fast.training.language_log import LanguageLog
-from shifcon_fast.training.language_vectors import VECTORS, estimate_again, load_vectors, track_vectors
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
 from shifcon_fast.training.pivot_keeping import DISTILLATION, REPLAY, pivot_losses
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
-from shifcon_fast.training.run_folder import RunState, save_run
 from shifcon_fast.training.run_readme import RunReadme
-from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer, gather_weights
+from shifcon_fast.training.saving import SavingTrainer
+from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer
 from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
+class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, ShardedTrainer, Trainer):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
     What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
@@ -129,7 +123,6 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
         self._watch = FiniteWatch()
         self._start_language_log(self._data.languages)
         self._interrupt = InterruptOnce()
-        self._staging: Path | None = None  # while a checkpoint is written
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(CheckUnits())
         self.add_callback(KeepCompilable())
@@ -139,14 +132,7 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
         languages = None if self.handle is None else self.handle.shift.languages
         self._parallel = None if parallel is None else read_parallel(parallel, languages=languages)
         self._sampler = make_sampler(args, self.handle, self._parallel, tokenizer)
-        self._vectors = track_vectors(args, self.handle, model)
-        if self._vectors is not None and self._vectors.mode == "refresh" and self._parallel is None:
-            raise ValueError("parallel: none given; vectors='refresh' estimates from its sentences")
-        if self._vectors is not None and args.final_estimation and self._parallel is None:
-            raise ValueError(
-                "parallel: none given; final_estimation estimates from its sentences (final_estimation=False needs "
-                "none)"
-            )
+        self._start_vectors(args, model)
 
     def _read_data(self, model: Any, args: ShifConArguments, tokenizer: Any, **sources: Any) -> TrainingData:
         known, shifted = self._known_languages(args)
@@ -276,20 +262,6 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             follow=follow,
         )
 
-    def _follow_in_passing(self, model: Any, batch: ContrastiveBatch) -> Callable[[Tensor], None] | None:
-        """What shows the vectors the batch's sentences in the contrastive pass; None where that cannot.
-
-        It cannot where there is none, where some of it runs twice (gradient caching), and where it drops out, which
-        an estimate of the language space never does.
-        """
-        vectors, size = self._vectors, self.args.contrastive_mini_batch_size
-        if vectors is None or not vectors.follows_batches or not self.args.w_mcl:
-            return None
-        one_pass = size is None or size >= int(self.args.contrastive_batch_size or 0)
-        if not one_pass or drops_out(self.accelerator.unwrap_model(model)):
-            return None
-        return lambda representations: vectors.add(representations, batch["language_ids"])
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Also has gradients watched that are not finite (float16's scaler handles its own)."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -323,38 +295,11 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
             logs.update(self._training_means())
         super().log(logs, start_time)
 
-    def _follow(self, model: Any, batch: ContrastiveBatch) -> None:
-        """Show the batch's sentences to the vectors, as an unshifted pass of its own in eval mode sees them."""
-        if self._vectors is None or not self._vectors.follows_batches or self.handle is None:
-            return
-        unwrapped = self.accelerator.unwrap_model(model)
-        with evaluation_mode(unwrapped), torch.no_grad():
-            representations = boundary_representations(
-                unwrapped,
-                batch["input_ids"],
-                batch["attention_mask"],
-                batch["pool_mask"],
-                (self.handle.forward, self.handle.backward),
-                keep_massive=self.handle.recipe == "official",
-            )
-        self._vectors.add(representations, batch["language_ids"])
-
     def _end_step(self) -> None:
         """After an optimizer step: new vectors for the next one."""
         self._meter.end_step()
         self._check_finite(before=self.state.global_step)
-        if self._vectors is None or self.handle is None:
-            return
-        changed = self._vectors.step(self._reduce if self.args.world_size > 1 else None)
-        if self._vectors.mode == "refresh" and self.state.global_step % self.args.refresh_every == 0:
-            self._vectors.start_again(self._estimate())
-            changed = True
-        if changed:
-            self.handle.set_shift(self._vectors.shift(training=True))
-        if self.args.final_estimation and self.state.global_step >= self.state.max_steps:
-            self._check_finite()
-            # Now, so that the last evaluation and the last checkpoint have the vectors of the finished run.
-            self._estimate_finally()
+        self._move_vectors()
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self._reduce(values).to("cpu")
@@ -362,30 +307,10 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
     def _reduce(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
 
-    def _estimate(self) -> LanguageShift:
-        assert self.handle is not None
-        assert self._parallel is not None
-        return estimate_again(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self._parallel,
-            self.handle.shift,
-            sentences=self.args.estimation_sentences,
-            batch_size=self.args.estimation_batch_size,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates with the vectors that a saved model would have."""
+        """As ``Trainer``'s, unless a loss was not finite before."""
         self._check_finite()
-        if self._vectors is None or self.handle is None:
-            return self._evaluate_by_language(*args, **kwargs)
-        before = self.handle.shift
-        self.handle.set_shift(self._vectors.shift(training=False))
-        try:
-            return self._evaluate_by_language(*args, **kwargs)
-        finally:
-            self.handle.set_shift(before)
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As ``Trainer``'s, for data in any form that the trainer takes."""
@@ -431,114 +356,8 @@ class ShifConTrainer(LanguageLog, RunReadme, ShardedTrainer, Trainer):
 
     def _finish(self) -> None:
         self._check_finite()
-        if self.handle is not None and self._vectors is not None:
-            if (
-                self.args.final_estimation and not self._vectors.finished
-            ):  # ended early, or at an earlier best
-                self._estimate_finally()
-            self.handle.set_shift(self._vectors.shift(training=False))
+        self._finish_vectors()
         self.save_model()
-
-    def _estimate_finally(self) -> None:
-        assert self.handle is not None
-        assert self._vectors is not None
-        try:
-            shift = self._estimate()
-        except BaseException:
-            self.handle.set_shift(self._vectors.shift(training=False))
-            self.save_model()  # whatever happens in the estimation, the trained model is kept
-            raise
-        self._vectors.finish(shift)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a run folder, all or nothing; only the main process does, and all must call this.
-
-        Raises:
-            NonFiniteLossError: a loss or gradient was not finite, so that the weights are not either.
-        """
-        self._check_finite()
-        model = self.accelerator.unwrap_model(self.model)
-        gathered = gather_weights(model)
-        if self.args.should_save:
-            # In the middle of training the saved vectors are those of evaluation, not the undivided sums.
-            vectors = self._vectors if self.is_in_train else None
-            state = self._run_state(vectors.shift(training=False) if vectors else None)
-            save_run(output_dir or self.args.output_dir, model, replace(state, gathered=gathered))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _run_state(self, shift: LanguageShift | None = None) -> RunState:
-        return RunState(
-            handle=self.handle,
-            shifted=self.args.shift,
-            tokenizer=self.processing_class,
-            settings={**self.args.method_settings(), **self._data_sizes()},
-            log=self.state.log_history,
-            shift=shift,
-            end_of_turn=self._end_of_turn,
-        )
-
-    def _data_sizes(self) -> dict[str, Any]:
-        """How much was trained on, for the record."""
-        pairs = (
-            None if self._sampler is None or not self._parallel else len(next(iter(self._parallel.values())))
-        )
-        return {"examples": self._data.examples, "translations": pairs}
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """``Trainer._save_checkpoint``, all or nothing: it writes into a staging folder (``storage.replacing``)."""
-        self._check_finite()
-        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with ExitStack() as stack:
-            if self.args.should_save:
-                stack.enter_context(replacing(run, f"{name}/{CARD}"))
-            self.accelerator.wait_for_everyone()
-            self._staging = staging_folder(run, CARD)
-            stack.callback(setattr, self, "_staging", None)
-            super()._save_checkpoint(model, trial)
-            best, found = self.state.best_global_step, run / f"checkpoint-{self.state.best_global_step}"
-            if best == self.state.global_step or found.is_dir():
-                self.state.best_model_checkpoint = str(found)  # not where it is staged
-            if self.args.should_save:
-                self.state.save_to_json(str(self._staging / name / TRAINER_STATE_NAME))
-                if self._vectors is not None:
-                    save_file(self._vectors.state_dict(), self._staging / name / VECTORS)
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(run / name))
-            rotate(run, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
-        self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # once it is whole
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_run(Path(resume_from_checkpoint), self.handle)
-        with shift_is_not_lost():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_vectors(Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_deepspeed_enabled:  # which loads the weights by itself
-            check_same_run(Path(checkpoint), self.handle)
-            self._load_vectors(Path(checkpoint))
-
-    def _load_best_model(self) -> None:
-        with shift_is_not_lost():
-            super()._load_best_model()
-        self._load_vectors(Path(str(self.state.best_model_checkpoint)))
-
-    def _load_vectors(self, checkpoint: Path) -> None:
-        if self._vectors is None or self.handle is None:
-            return
-        load_vectors(checkpoint, self._vectors)
-        self.handle.set_shift(self._vectors.shift(training=True))
 
     def _interrupted(self) -> bool:
         """Whether any process was asked to stop; all processes get the same answer at the same step."""
