@@ -24,7 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE / "step")]
 
 def measure(size: str, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times of one size."""
-    from model import SIZES, build
+    from model import build
+    from shapes import SIZES
     from variants import make_space
 
     import shifcon_fast as sf

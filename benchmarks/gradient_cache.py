@@ -33,7 +33,8 @@ def measure(size: str, times: int, device: torch.device, checkpointing: bool) ->
     """One process's measurement: ``times`` times the pairs of a size, in as many passes."""
     from dataclasses import replace
 
-    from model import SIZES, build
+    from model import build
+    from shapes import SIZES
     from variants import make_batch, make_space
 
     import shifcon_fast as sf

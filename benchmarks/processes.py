@@ -30,7 +30,8 @@ sys.path[:0] = [str(HERE), str(HERE / "step")]
 
 def measure(size: str, steps: int) -> dict[str, Any]:
     """The times of this process's steps; it is one of ``WORLD_SIZE``."""
-    from model import SIZES, build
+    from model import build
+    from shapes import SIZES
     from torch.nn.parallel import DistributedDataParallel
     from variants import W_GEN, W_MCL, make_batch, make_space
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 import shifcon_fast as sf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "step"))
-SIZES = importlib.import_module("model").SIZES
+SIZES = importlib.import_module("shapes").SIZES
 make_space = importlib.import_module("variants").make_space
 BLOCKS, AREA = 3, (1, 2)
 

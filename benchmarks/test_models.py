@@ -16,7 +16,7 @@ from shifcon_fast.demo.tokenizer import build_tokenizer
 from shifcon_fast.demo.tokenizer import vocabulary as demo_vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "step"))
-SIZES = importlib.import_module("model").SIZES
+SIZES = importlib.import_module("shapes").SIZES
 make_space = importlib.import_module("variants").make_space
 NEW_TOKENS, PROMPT = 16, 16
 SENTENCES, WORDS, BATCH = 32, 30, 16

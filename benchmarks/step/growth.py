@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import SIZES, Size, build
+from model import build
 from run import Runner, machine
+from shapes import SIZES, Size
 from variants import make_batch, make_space
 
 

@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ceilings
-from model import SIZES, build
+from model import build
+from shapes import SIZES
 from timing import Timing
 from variants import VARIANTS, Batch, make_batch, make_space
 

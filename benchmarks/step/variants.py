@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model import Size, on_every_norm
+from model import on_every_norm
+from shapes import Size
 from torch import Tensor
 from torch.nn.functional import normalize
 

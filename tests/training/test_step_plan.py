@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,43 +129,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 # --- against a whole model of a real shape: a process of its own, one thread, processor time ----------------------
 
-SHAPES = {
-    "SmolLM2-135M": (
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-        (10, 20),
-    ),
-    "Gemma-3-270M": (
-        "gemma3_text",
-        {
-            "vocab_size": 262144,
-            "hidden_size": 640,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "sliding_window": 512,
-            "tie_word_embeddings": True,
-        },
-        (6, 12),
-    ),
-}
+SIZES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "step" / "shapes.py"))["SIZES"]
 
 
 @pytest.mark.slow("builds models of two real shapes and takes training steps with them")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "name", ["SmolLM2-135M"]
-)  # Gemma's takes several minutes: python test_step_plan.py NAME
+@pytest.mark.parametrize("name", ["smollm2"])  # gemma3 takes several minutes: python test_step_plan.py gemma3
 def test_the_memory_of_a_step_of_a_real_shape_is_predicted_within_15_percent(name: str) -> None:
     """Memory of the process. How far predicted times are off is measured, and not tested (docs/training.md)."""
     done = subprocess.run(
@@ -189,15 +159,15 @@ def _measure(name: str) -> dict[str, float]:
     from shifcon_fast.training.loss_without_logits import LossWithoutLogits
 
     step_plan._clock = time.process_time
-    kind, sizes, area = SHAPES[name]
-    config = AutoConfig.for_model(kind, **sizes)
+    size = SIZES[name]
+    config = AutoConfig.for_model(size.model_type, **size.config)
     shape = StepShape(learnt=0.25)
-    plan = plan_step(config, shape, dtype=torch.float32, area=area)
+    plan = plan_step(config, shape, dtype=torch.float32, area=size.area)
     before = _resident("VmRSS")
     whole = sample_of(config, shape, "nf4")
     whole._handle.detach()
     model = whole.model
-    handle = step_plan.attach(model, step_plan._space(whole._decoder), *area)
+    handle = step_plan.attach(model, step_plan._space(whole._decoder), *size.area)
     whole._handle = handle
     contrastive = whole.contrastive()
     tokens = whole._tokens(shape.batch, shape.length)
