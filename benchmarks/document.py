@@ -3,24 +3,23 @@
     python benchmarks/document.py            print them
     python benchmarks/document.py --write    put them into the page (make performance; make bench does it, too)
 
-A table stands in the page between two marks, ``<!-- table: NAME (make performance) -->`` and ``<!-- end of the
-table -->``; ``tables.py`` says what is in it. A test compares the committed page with what the records make.
+A table stands between two marks of the page (``scripts/page_regions.py``); ``tables.py`` says what is in it. A test
+compares the committed page with what the records make.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import page_regions
 from tables import RESULTS, TABLES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-_REGION = re.compile(
-    r"(<!-- table: (?P<name>[\w ]+) \(make performance\) -->\n).*?(<!-- end of the table -->)", re.DOTALL
-)
+COMMAND = "make performance"
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
@@ -28,11 +27,12 @@ def filled(page: str, results: Path = RESULTS) -> str:
 
     Raises:
         LookupError: the page has a table that ``tables.py`` does not know, or lacks one of its tables.
+        ValueError: a table has no end.
     """
-    names = [match["name"] for match in _REGION.finditer(page)]
+    names = page_regions.region_names(page, COMMAND)
     if sorted(names) != sorted(TABLES):
         raise LookupError(f"tables: the page has {sorted(names)}; wanted each once of {sorted(TABLES)}")
-    return _REGION.sub(lambda match: f"{match[1]}\n{TABLES[match['name']](results)}\n\n{match[3]}", page)
+    return page_regions.filled(page, COMMAND, {name: TABLES[name](results) for name in names})
 
 
 def main() -> int:

@@ -19,11 +19,14 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from page_regions import filled
+
 from shifcon_fast.modeling.architectures import ARCHITECTURES, Architecture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "architectures.md"
-START, END = "<!-- table: make architectures -->", "<!-- end of the table -->"
+COMMAND = "make architectures"
 
 
 class _Columns:
@@ -102,9 +105,7 @@ def main() -> int:
     if not parser.parse_args().write:
         print(made)
         return 0
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), COMMAND, {"table": made}), encoding="utf-8")
     return 0
 
 

@@ -10,12 +10,13 @@ What the document says between its marks is replaced; what stands around them wa
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, runs
+from page_regions import filled
 from run import RESULTS, is_done, result_file
 from stored import read_run
 
@@ -32,7 +33,7 @@ from shifcon_fast.storage import write_file
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "does-it-help.md"
 IMAGES = REPOSITORY / "docs" / "images"
-_MARKS = "<!-- {}: made by experiments/real_models/report.py -->", "<!-- end of {} -->"
+COMMAND = "make experiment-report"
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def write(results: Path, output: Path, document: Path) -> str:
         )
         for section in [*comparison_sections(comparison), cost_section(held)]:
             pages.append(Section(f"{model}: {section.heading}", section.blocks))
-        text = replaced(text, model, markdown_of(comparison, held))
+        text = filled(text, COMMAND, {model: markdown_of(comparison, held)})
         picture = forest_plot(differences(comparison), xlabel="points, against plain QLoRA")
         write_file(IMAGES / f"does_it_help_{model}.svg", picture)
     if not pages:
@@ -139,19 +140,6 @@ def cost_section(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> Section:
         processors = ", ".join(sorted({run["processor"] for _, run in found}))
         rows.append([arm, f"{_mean_seconds(found) / 60:.1f}", dose, processors])
     return Section("Cost", [Table(["arm", "minutes of training", "largest dose", "processor"], rows)])
-
-
-def replaced(text: str, name: str, content: str) -> str:
-    """A document with other content between the marks of a name.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    start, end = (mark.format(name) for mark in _MARKS)
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"document: lacks {start!r} and {end!r}")
-    return pattern.sub(lambda _: f"{start}\n\n{content}\n\n{end}", text)
 
 
 def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:

@@ -61,7 +61,7 @@ def test_a_page_with_another_table_is_refused(module: Any, wrong: str) -> None:
     """A table twice, and one that nobody makes."""
     document = module("document")
     page = document.PAGE.read_text(encoding="utf-8")
-    more = f"<!-- table: {wrong} (make performance) -->\n<!-- end of the table -->"
+    more = f"<!-- {wrong}: made by make performance -->\n<!-- end of {wrong} -->"
     with pytest.raises(LookupError, match="the page has"):
         document.filled(page + more)
 
