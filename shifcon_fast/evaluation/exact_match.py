@@ -30,6 +30,7 @@ from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.attachment import unshifted
+from shifcon_fast.modeling.contiguous_head import contiguous_head
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.notices import warn_once
 
@@ -218,7 +219,7 @@ def _generate(
         warn_once(NOTHING_ENDS_A_TURN)
     if stop_strings:
         extra["stopping_criteria"] = StoppingCriteriaList([_StopStrings(tokenizer, stop_strings, longest)])
-    with unshifted(model) if handle is None else nullcontext():
+    with contiguous_head(model), unshifted(model) if handle is None else nullcontext():
         generated = model.generate(
             input_ids=input_ids,
             attention_mask=mask,

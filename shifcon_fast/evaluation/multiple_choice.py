@@ -248,8 +248,10 @@ def _score(
         # ALiBi), so the padding may count as well.
         start_ids, start_mask = _padded([item.start for item in batch], padding, device, left=True)
         shift = {} if ids is None else {"language_ids": ids}
+        # No logits; those of one position are slow on a CPU, see modeling/contiguous_head.py.
+        nowhere = torch.empty(0, dtype=torch.long, device=device)
         cache = model(
-            input_ids=start_ids, attention_mask=start_mask, use_cache=True, logits_to_keep=1, **shift
+            input_ids=start_ids, attention_mask=start_mask, use_cache=True, logits_to_keep=nowhere, **shift
         ).past_key_values
         cache.batch_select_indices(questions)
         mask = torch.cat([start_mask[questions], mask], dim=1)

@@ -58,6 +58,17 @@ def test_each_row_is_shifted_by_its_own_language(attached, word_tokenizer) -> No
     assert [o.response for o in plain] != wanted
 
 
+def test_the_head_is_given_contiguous_hidden_states(tiny_model, word_tokenizer) -> None:
+    """A slice of the last positions would be multiplied prompt by prompt, with a copy of the matrix for each."""
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(
+        lambda _, args, __: seen.append((args[0].shape, args[0].is_contiguous()))
+    )
+    answer_questions(model, word_tokenizer, QUESTIONS, batch_size=5, max_new_tokens=2)
+    assert seen == [((5, 1, model.config.hidden_size), True)] * 2
+    assert not model.lm_head._forward_pre_hooks
+
+
 @pytest.mark.parametrize("changed", ["template", "eos_token"])
 def test_answers_end_where_the_tokenizer_ends_a_turn(tiny_model, word_tokenizer, changed) -> None:
     """And not only at the EOS of the model's settings, ``</s>``: a chat template on a base model."""

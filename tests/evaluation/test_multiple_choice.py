@@ -54,6 +54,13 @@ def test_batches_and_the_cache_change_nothing(
         assert outcome.prompt == question.text
 
 
+def test_no_logits_are_made_of_the_questions(tiny_model: Callable[..., Any], word_tokenizer: Any) -> None:
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2].numel()))
+    measure_multiple_choice(model, word_tokenizer, QUESTIONS, batch_size=100)
+    assert seen == [0, 14 * 6]  # 14 choices, the longest of 5 tokens, and the token before them
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])
 def test_each_row_is_shifted_by_its_own_language(
     tiny_model: Callable[..., Any], word_tokenizer: Any, parallel_text: Any, architecture: str
