@@ -19,17 +19,24 @@ BASE, PLAIN, SHIFCON = "base", "plain", "shifcon"
 
 SPACE_ROWS = range(200)
 TRANSLATION_ROWS = range(200, 1200)
+TRANSLATIONS = 400  # of them, the shortest in the pivot
 FLORES_ROWS = range(64)
+
+ATTENTION = "eager"
+"""PyTorch's fused attention takes longer on a CPU, for its backward in bfloat16."""
+
+CHOICES, SENTENCES = 128, 16
+"""Of an evaluation's batch."""
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 TRAINING: dict[str, Any] = {
-    "max_steps": 200,
+    "max_steps": 150,
     "per_device_train_batch_size": 8,
     "contrastive_batch_size": 8,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 6,
+    "warmup_steps": 5,
     "max_length": 128,
     "max_length_pivot": 96,
     "max_length_other": 96,
@@ -80,6 +87,8 @@ def fingerprint(model: str, arm: str) -> str:
         "model": model,
         "languages": LANGUAGES,
         "rows": [[rows.start, rows.stop] for rows in (SPACE_ROWS, TRANSLATION_ROWS, FLORES_ROWS)],
+        "translations": TRANSLATIONS,
+        "attention": ATTENTION,
         "lora": LORA,
         "arguments": arguments(model, arm) if arm != BASE else None,
     }

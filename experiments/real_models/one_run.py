@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from arms import (
+    ATTENTION,
     BASE,
+    CHOICES,
     FLORES_ROWS,
     LANGUAGES,
     LORA,
     PIVOT,
+    SENTENCES,
     SPACE_ROWS,
     TRANSLATION_ROWS,
+    TRANSLATIONS,
     WEAK,
     arguments,
 )
@@ -26,12 +30,18 @@ from transformers import AutoTokenizer
 
 from shifcon_fast.data.cldr import cldr_instructions
 from shifcon_fast.data.parallel import read_parallel
-from shifcon_fast.evaluation.evaluate import evaluate
+from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
+from shifcon_fast.evaluation.perplexity import measure_perplexity
+from shifcon_fast.evaluation.result import AttachedArea, EvaluationResult
+from shifcon_fast.evaluation.retrieval import measure_retrieval
+from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.estimate_space import estimate_space
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.version import package_versions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "real_models"
 
@@ -66,19 +76,53 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     from cldr_accuracy import processor  # of the examples too
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    start = time.monotonic()
+    start = time.process_time()
     known: dict[str, Any] = {"model": model, "arm": arm, "seed": seed, "processor": processor()}
     if arm == BASE:
         trained = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
+        trained.set_attn_implementation(ATTENTION)
     else:
         trained, found = train(model, arm, seed, folder=folder, tokenizer=tokenizer, data=data, work=work)
         known |= found
-    known["training_seconds"] = round(time.monotonic() - start, 1)
-    flores = _rows(data / "flores200_devtest.jsonl", FLORES_ROWS)
+    known["training_seconds"] = round(
+        time.process_time() - start, 1
+    )  # of the processor: runs go side by side
     if arm != BASE and not arguments(model, arm).get("shift", True):
         trained.shifcon.detach()  # it was there for the contrastive pass alone, if for anything
-    result = evaluate(trained.eval(), tokenizer, flores, questions(), pivot=PIVOT, batch_size=32)
+    result = measure(trained, tokenizer, _rows(data / "flores200_devtest.jsonl", FLORES_ROWS))
     write_run(results / model / f"{arm}-{seed}.json", result, known)
+
+
+def measure(model: Any, tokenizer: Any, text: dict[str, list[str]]) -> EvaluationResult:
+    """The model as it is used, in every mode that a result wants: without the shift it would take as long again."""
+    handle = getattr(model, "shifcon", None)
+    extra: dict[str, Any] = {"handle": handle, "batch_size": SENTENCES}
+    boundaries = list(range(locate_decoder(model).num_boundaries))
+    middle = len(boundaries) // 2
+    with evaluation_mode(model):
+        choices = measure_multiple_choice(model, tokenizer, questions(), handle=handle, batch_size=CHOICES)
+        perplexity = {
+            code: measure_perplexity(model, tokenizer, rows, language=code, **extra)
+            for code, rows in text.items()
+        }
+        retrieval = measure_retrieval(
+            model, tokenizer, text, pivot=PIVOT, boundaries=boundaries, matrix_boundary=middle, **extra
+        )
+    modes = ("unshifted",) if handle is None else ("unshifted", "shifted")
+    return EvaluationResult(
+        model=model.config._name_or_path,
+        pivot=PIVOT,
+        area=None
+        if handle is None
+        else AttachedArea(
+            forward=handle.forward, backward=handle.backward, alpha=handle.alpha, recipe=handle.recipe
+        ),
+        retrieval=dict.fromkeys(modes, retrieval),
+        perplexity=dict.fromkeys(modes, perplexity),
+        multiple_choice=dict.fromkeys(modes, choices),
+        settings={"choices": CHOICES, "sentences": len(text[PIVOT])},
+        versions=package_versions(),
+    )
 
 
 def train(
@@ -101,13 +145,14 @@ def train(
     loaded = load_quantized(
         folder, LoraConfig(**LORA), "nf4", dtype=torch.bfloat16, gradient_checkpointing=False
     )
+    loaded.get_base_model().set_attn_implementation(ATTENTION)
     loaded.get_base_model().config._name_or_path = model
     trainer = ShifConTrainer(
         loaded,
         args,
         processing_class=tokenizer,
         train_dataset=instructions(arm, data),
-        parallel=_rows(data / "ntrex128.jsonl", TRANSLATION_ROWS),
+        parallel=translations(data),
         space=LanguageSpace.load(_space_folder(work, model, args.recipe)),
     )
     assert trainer.handle is not None
@@ -122,14 +167,22 @@ def instructions(arm: str, data: Path) -> list[dict[str, str]]:
     facts = cldr_instructions(LANGUAGES, split="train")
     if arm != "translation":
         return facts
-    text = _rows(data / "ntrex128.jsonl", TRANSLATION_ROWS)
+    text = translations(data)
     tasks = []
     for place in range(len(facts)):
-        code, row = WEAK[place % len(WEAK)], place % len(TRANSLATION_ROWS)
+        code, row = WEAK[place % len(WEAK)], place % TRANSLATIONS
         source, target = (code, PIVOT) if (place // len(WEAK)) % 2 else (PIVOT, code)
         prompt = f"{_TRANSLATE[target]}: {text[source][row]}"
         tasks.append({"lang": target, "prompt": prompt, "response": text[target][row]})
     return [row for pair in zip(facts, tasks, strict=True) for row in pair]
+
+
+def translations(data: Path) -> dict[str, list[str]]:
+    """The rows whose sentence is shortest in the pivot, in the order of the data."""
+    text = _rows(data / "ntrex128.jsonl", TRANSLATION_ROWS)
+    order = sorted(range(len(TRANSLATION_ROWS)), key=lambda row: len(text[PIVOT][row]))
+    kept = sorted(order[:TRANSLATIONS])
+    return {code: [rows[row] for row in kept] for code, rows in text.items()}
 
 
 def _rows(path: Path, rows: range) -> dict[str, list[str]]:

@@ -126,7 +126,9 @@ def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, di
         [arm, *(f"{100 * comparison.share(arm, [code]).estimate:.1f}" for code in (PIVOT, *WEAK))]
         for arm in comparison.systems
     ]
-    return "\n\n".join([table([*header, "minutes"], rows), table(["right, %", PIVOT, *WEAK], by_language)])
+    return "\n\n".join(
+        [table([*header, "minutes of a core"], rows), table(["right, %", PIVOT, *WEAK], by_language)]
+    )
 
 
 def cost_section(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> Section:
@@ -139,7 +141,9 @@ def cost_section(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> Section:
         dose = "–" if largest is None else f"{largest:.2f}"
         processors = ", ".join(sorted({run["processor"] for _, run in found}))
         rows.append([arm, f"{_mean_seconds(found) / 60:.1f}", dose, processors])
-    return Section("Cost", [Table(["arm", "minutes of training", "largest dose", "processor"], rows)])
+    return Section(
+        "Cost", [Table(["arm", "minutes of training, of a core", "largest dose", "processor"], rows)]
+    )
 
 
 def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:
