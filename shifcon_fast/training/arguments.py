@@ -265,6 +265,13 @@ class ShifConArguments(TrainingArguments):
         if recipe.area is not None and self.forward is None and self.backward is None:
             self.forward, self.backward = recipe.area
         self._check()
+        if getattr(
+            self, "enable_jit_checkpoint", False
+        ):  # which would stop each process at a step of its own
+            self.enable_jit_checkpoint = False
+            warn_once(
+                "enable_jit_checkpoint: not used; SIGTERM saves a checkpoint and stops the run without it"
+            )
         if self.report_to is None:
             self.report_to = _default_report_to()
         elif "tensorboard" in self.report_to and not is_tensorboard_available():

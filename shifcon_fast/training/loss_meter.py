@@ -54,7 +54,7 @@ class FiniteWatch:
     def note(self, values: dict[str, Tensor], step: int, micro_batch: int | None = None) -> None:
         """Take note of scalars of a step; of its micro-batch, where they are losses, else of the whole step."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._noted.append(_Noted(tuple(values), _OnItsWay(stacked), step, micro_batch))
+        self._noted.append(_Noted(tuple(values), OnItsWay(stacked), step, micro_batch))
 
     def problem(self, before: int | None = None) -> str | None:
         """What is wrong with the first value that is not finite; None if nothing is.
@@ -69,7 +69,7 @@ class FiniteWatch:
         return self._found
 
 
-class _OnItsWay:
+class OnItsWay:
     """A tensor's values on the host, once they have arrived there."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -81,6 +81,7 @@ class _OnItsWay:
             self._arrived.record()
 
     def values(self) -> list[float]:
+        """Of a vector; waits for what has not arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()
@@ -88,7 +89,7 @@ class _OnItsWay:
 
 class _Noted(NamedTuple):
     names: tuple[str, ...]
-    host: _OnItsWay
+    host: OnItsWay
     step: int
     micro_batch: int | None
 

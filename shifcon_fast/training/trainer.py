@@ -23,12 +23,12 @@ from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import attach_for_training
-from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
+from shifcon_fast.training.checkpoints import CARD, last_checkpoint
 from shifcon_fast.training.compiling import KeepCompilable
 from shifcon_fast.training.contrastive_data import make_sampler
 from shifcon_fast.training.following import FollowingTrainer
 from shifcon_fast.training.generation import stop_at
-from shifcon_fast.training.interruption import InterruptOnce
+from shifcon_fast.training.interruption import InterruptibleTrainer
 from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
@@ -43,7 +43,9 @@ from shifcon_fast.training.training_data import TrainingData, read_training_data
 logger = logging.getLogger(__name__)
 
 
-class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, ShardedTrainer, Trainer):
+class ShifConTrainer(
+    FollowingTrainer, LanguageLog, SavingTrainer, InterruptibleTrainer, RunReadme, ShardedTrainer, Trainer
+):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
     What is not said otherwise here is as in ``Trainer``: callbacks, evaluation, schedulers, ``accelerate``.
@@ -122,7 +124,6 @@ class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, Sh
         self._meter = LossMeter()
         self._watch = FiniteWatch()
         self._start_language_log(self._data.languages)
-        self._interrupt = InterruptOnce()
         self._micro_batch = (-1, 0)  # (global step, micro-batch in it)
         self.add_callback(CheckUnits())
         self.add_callback(KeepCompilable())
@@ -277,10 +278,8 @@ class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, Sh
             NonFiniteLossError: something was not.
         """
         problem = self._watch.problem(before)
-        if before is None and self.args.world_size > 1:
-            broken = self._sum_over_processes(torch.tensor(float(problem is not None)))
-            if problem is None and broken > 0:
-                problem = "a loss or gradient of another process is not finite; its error says which"
+        if before is None and self._any_process(problem is not None):
+            problem = problem or "a loss or gradient of another process is not finite; its error says which"
         if problem is not None:
             raise NonFiniteLossError(problem)
 
@@ -301,8 +300,11 @@ class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, Sh
         self._check_finite(before=self.state.global_step)
         self._move_vectors()
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self._reduce(values).to("cpu")
+    def _any_process(self, this_one: bool) -> bool:
+        """Whether it is so in any process; all must ask."""
+        if self.args.world_size == 1:
+            return this_one
+        return bool(self._reduce(torch.tensor(float(this_one))) > 0)
 
     def _reduce(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
@@ -333,7 +335,8 @@ class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, Sh
 
         Raises:
             NonFiniteLossError: a loss or gradient became NaN or infinite.
-            KeyboardInterrupt: after Ctrl-C, once the step at hand is finished and a checkpoint is saved.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, in this process or another, once the step at hand (several
+                processes: the next one) is finished and a checkpoint is saved.
             ValueError: a checkpoint of another run.
         """
         if resume_from_checkpoint is True:
@@ -345,27 +348,17 @@ class ShifConTrainer(FollowingTrainer, LanguageLog, SavingTrainer, RunReadme, Sh
                 self.args.output_dir,
             )
         self._watch = FiniteWatch()
-        with InterruptOnce() as self._interrupt:
+        with self._watch_for_interrupts():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self._interrupt.requested:
-            saved = list_checkpoints(self.args.output_dir)
-            where = f"; saved as {saved[-1]}" if saved else ""
-            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}{where}")
+        self._raise_if_stopped()
         self._finish()
+        self._raise_if_asked_too_late()
         return output
 
     def _finish(self) -> None:
         self._check_finite()
         self._finish_vectors()
         self.save_model()
-
-    def _interrupted(self) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer at the same step."""
-        requested = self._interrupt.requested
-        if self.args.world_size > 1:
-            requested = bool(self._sum_over_processes(torch.tensor(float(requested))) > 0)
-        self._interrupt.requested = requested
-        return requested
 
 
 def _trained(model: Any) -> list[Any]:
@@ -386,7 +379,7 @@ class _StepEnd(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self._trainer._end_step()
-        if self._trainer._interrupted():
+        if self._trainer._stops():
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -257,6 +258,46 @@ def test_a_killed_process_ends_the_others_with_an_error(together: Path) -> None:
     found = read(together, "killed")
     assert found["seconds"] < 60
     assert found["error"].startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
+
+
+def test_a_process_that_is_asked_to_stop_stops_both_at_the_same_step(together: Path) -> None:
+    """SIGTERM to one of them in step 2: what it was asked is known to both after step 3."""
+    for rank in (0, 1):
+        found = read(together, f"term-{rank}")
+        assert found["step"] == 3
+        assert found["error"] == f"stopped after step 3; saved as {together / 'term' / 'checkpoint-3'}"
+    checkpoint = together / "term" / "checkpoint-3"
+    assert sf.load(checkpoint).shifcon.forward == 1
+    assert (checkpoint / "language_vectors.safetensors").is_file()
+    assert not (together / "term" / "shifcon.json").exists()
+
+
+def test_a_process_that_is_asked_to_stop_too_late_finishes_the_run_first(together: Path) -> None:
+    for rank in (0, 1):
+        found = read(together, f"late-{rank}")
+        assert found == {"error": f"the run was finished by then; saved as {together / 'late'}", "step": 2}
+    assert sf.load(together / "late").shifcon.forward == 1
+
+
+@pytest.mark.slow("two processes of its own")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_aborted_in_a_save_leaves_the_checkpoint_before(
+    *,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    space: LanguageSpace,
+    instructions: list[Instruction],
+    parallel_text: dict[str, list[str]],
+    rank: int,
+) -> None:
+    """Whoever of them writes it; and the other ends with an error, not a hang."""
+    write_data(tmp_path, instructions, parallel_text, space)
+    codes = start(tmp_path, tiny_checkpoint, f"aborts{rank}")
+    assert codes[rank] == -signal.SIGINT, said(tmp_path)
+    assert codes[1 - rank] == 1, said(tmp_path)
+    run = tmp_path / "aborted"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-1"]
+    assert sf.load(run / "checkpoint-1").shifcon.forward == 1
 
 
 @pytest.mark.slow("DeepSpeed compiles an extension, a minute")

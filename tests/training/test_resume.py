@@ -276,6 +276,39 @@ def test_first_interrupt_saves_and_stops(make_trainer: Callable[..., ShifConTrai
         assert torch.equal(adapters(resumed)[name], parameter), name
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_without_a_step_left_finishes_the_run(
+    make_trainer: Callable[..., ShifConTrainer], tmp_path: Path, number: int
+) -> None:
+    class TooLate(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            signal.raise_signal(number)
+
+    trainer = make_trainer(max_steps=2, callbacks=[TooLate()])
+    with pytest.raises(KeyboardInterrupt, match=r"the run was finished by then; saved as .*run"):
+        trainer.train()
+    assert sf.load(tmp_path / "run").shifcon.forward == 1
+
+
+def test_sigterm_saves_and_stops_unless_somebody_else_handles_it(
+    make_trainer: Callable[..., ShifConTrainer],
+) -> None:
+    """As torchrun and schedulers send it; and transformers' own way, which asks no other process, is not used."""
+    term = StopAt(1, lambda: signal.raise_signal(signal.SIGTERM))
+    trainer = make_trainer(max_steps=6, callbacks=[term], enable_jit_checkpoint=True)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 2; saved as .*checkpoint-2"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        make_trainer(max_steps=2, callbacks=[term], folder="other").train()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert seen == [signal.SIGTERM]
+
+
 def test_second_interrupt_aborts_at_once(make_trainer: Callable[..., ShifConTrainer], tmp_path: Path) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)

@@ -1,8 +1,8 @@
-"""One of two processes that train together on the CPU: python worker.py CHECKPOINT FOLDER [zero2] [zero3]
+"""One of two processes that train together on the CPU: python worker.py CHECKPOINT FOLDER [zero2] [zero3] [aborts0]
 
 What test_processes.py looks at is written into FOLDER. Everything is in one process, since starting one takes
 longer than all that it does: DDP, then FSDP2, then what is refused, and at the end one process is killed. Or else
-DeepSpeed, which needs a process of its own.
+what needs processes of its own: DeepSpeed, and process 0 or 1 that is aborted in the middle of a save.
 """
 
 from __future__ import annotations
@@ -168,6 +168,35 @@ def refusals() -> None:
     write("refused", found)
 
 
+class Signalled(TrainerCallback):
+    """One process gets signals at some moment of a run: a method of callbacks, at a step."""
+
+    def __init__(self, number: int, moment: str, step: int, times: int = 1) -> None:
+        def send(args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if dist.get_rank() == 1 and state.global_step == step:
+                for _ in range(times):
+                    signal.raise_signal(number)
+
+        setattr(self, moment, send)
+
+
+def interrupted() -> None:
+    """Whatever process is asked to stop; when there is a step left, and when there is none."""
+    for name, callback in (
+        ("term", Signalled(signal.SIGTERM, "on_step_begin", 1)),
+        ("late", Signalled(signal.SIGINT, "on_train_end", 2)),
+    ):
+        steps = {"term": 5, "late": 2}[name]
+        trainer = make(name, callbacks=[callback], max_steps=steps, save_strategy="no")
+        error = None
+        try:
+            trainer.train()
+        except KeyboardInterrupt as stopped:
+            error = str(stopped)
+        found = {"error": error, "step": trainer.state.global_step}
+        (FOLDER / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
 class Dies(TrainerCallback):
     """One process is killed in the middle of a run, and cannot say so."""
 
@@ -184,6 +213,21 @@ def killed() -> None:
     except Exception as error:
         write("killed", {"seconds": time.monotonic() - start, "error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def aborted(rank: int) -> None:
+    """Ctrl-C twice in one process, in the middle of the second save."""
+    trainer = make("aborted")
+    original = trainer._save_rng_state
+
+    def interrupt(folder: str) -> None:
+        original(folder)
+        if trainer.state.global_step == 2 and dist.get_rank() == rank:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    trainer._save_rng_state = interrupt
+    trainer.train()
 
 
 def deepspeed(stage: int) -> None:
@@ -207,14 +251,17 @@ def tell_accelerate_of_gloo() -> None:
 
 if __name__ == "__main__":
     memory.clear_device_cache = lambda garbage_collection=False: None  # half a second of every training
-    stages = [int(argument.removeprefix("zero")) for argument in sys.argv[3:]]
-    if stages:
+    stages = [int(argument.removeprefix("zero")) for argument in sys.argv[3:] if argument.startswith("zero")]
+    if sys.argv[3:] and not stages:
+        aborted(int(sys.argv[3].removeprefix("aborts")))
+    elif stages:
         tell_accelerate_of_gloo()
         for stage in stages:
             deepspeed(stage)
     else:
         train("ddp")
         unequal_numbers_of_pairs()
+        interrupted()
         train("fsdp", fsdp=True)
         refusals()
         killed()
