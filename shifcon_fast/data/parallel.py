@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shifcon_fast.data.columns import language_fields
 from shifcon_fast.data.errors import DataError
-from shifcon_fast.data.languages import find_language, nearest, refuse_repeated
+from shifcon_fast.data.languages import find_language, is_code, nearest, refuse_repeated
 from shifcon_fast.data.row import Row, check_text, is_missing
 from shifcon_fast.data.rows import Source, read_rows, source_name
+
+logger = logging.getLogger(__name__)
 
 _DROP = ", or allow_missing (--allow-missing) to drop the row"
 
@@ -191,6 +194,9 @@ def _wanted_fields(
         advice = f"; if {near[0]!r} is meant, write that" if near else ""
         shown = known or language_fields(rows, name)
         raise DataError(
-            f"{name}: no row has {', '.join(map(repr, unknown))}; found {', '.join(shown) or 'none'}{advice}"
+            f"{name}: no row has {', '.join(map(repr, unknown))}; found {', '.join(shown) or 'none'}{advice}; "
+            "wanted all that `languages` (--languages) asks for, or the language space that is trained with"
         )
+    if unread := [each for each in present if is_code(each) and each not in found.values()]:
+        logger.info("%s: %s not read; languages %s", name, ", ".join(unread), ", ".join(wanted))
     return {language: field for language, field in found.items() if field is not None}

@@ -40,6 +40,7 @@ class ExampleEncoder:
         tokenizer: its special tokens are used as they are.
         language_id: the id of a language code; ValueError for an unknown one.
         max_length: tokens kept of an instruction with its response.
+        limit: what says so, for messages: "max_length", or the model's context where that is shorter.
         too_long: for longer ones, "truncate" cuts at the end, "drop" leaves them out, "error" raises.
         use_chat_template: see ``data.prompts``.
         embedding_rows: ids that the model has rows for; None does not check.
@@ -51,6 +52,7 @@ class ExampleEncoder:
     too_long: str = "truncate"
     use_chat_template: bool = True
     embedding_rows: int | None = None
+    limit: str = "max_length"
 
     def encode(self, instruction: Instruction) -> tuple[Example | None, int]:
         """The example, or None where it is dropped, and the number of tokens it has uncut.
@@ -79,8 +81,8 @@ class ExampleEncoder:
         if len(ids) > self.max_length:
             if self.too_long == "error":
                 raise DataError(
-                    f"{where}: has {len(ids)} tokens; wanted at most {self.max_length} (max_length, or "
-                    "the model's context); too_long='truncate' or 'drop' (--too-long) goes on"
+                    f"{where}: has {len(ids)} tokens; wanted at most {self.max_length} ({self.limit}); "
+                    "too_long='truncate' or 'drop' (--too-long) goes on"
                 )
             if self.too_long == "drop":
                 return None
@@ -88,8 +90,8 @@ class ExampleEncoder:
         if all(label == IGNORED for label in kept[1:]):  # the first token is predicted from nothing
             prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
             raise DataError(
-                f"{where}: nothing to learn within max_length = {self.max_length} tokens: the prompt "
-                f"alone has {prompt}; raise max_length (--max-length) or shorten it"
+                f"{where}: nothing to learn within {self.limit} = {self.max_length} tokens: the prompt "
+                f"alone has {prompt}; {self._raise_it()}shorten it"
             )
         return list(ids[: self.max_length]), kept
 
@@ -107,16 +109,22 @@ class ExampleEncoder:
             DataError: nothing is left.
         """
         left_out = self.too_long == "drop"
+        if not total:
+            raise DataError("the given data holds no rows; wanted at least one")
         if too_long:
             logger.warning(
-                "%d of %d instructions have more than %d tokens (max_length): %s",
+                "%d of %d instructions have more than %d tokens (%s): %s",
                 too_long,
                 total,
                 self.max_length,
+                self.limit,
                 "left out" if left_out else "cut at the end",
             )
         if total == (too_long if left_out else 0):
-            raise DataError("instructions: none is left to train on; raise max_length (--max-length)")
+            raise DataError(f"instructions: none is left to train on; {self._raise_it()}shorten them")
+
+    def _raise_it(self) -> str:
+        return "raise max_length (--max-length) or " if self.limit == "max_length" else ""
 
 
 class InstructionDataset(Dataset[Example]):

@@ -145,9 +145,10 @@ class _Rows:
             row = Row(f"row {index} (from 0) of the given rows", dict(zip(batch, values, strict=True)))
             example, length = self._make(row)
             if self._streamed and length > self._encoder.max_length:
+                done = "left out" if self._encoder.too_long == "drop" else "cut at the end"
                 warn_once(
                     f"Of the streamed instructions some have more than {self._encoder.max_length} tokens "
-                    f"(max_length): {'left out' if self._encoder.too_long == 'drop' else 'cut at the end'}."
+                    f"({self._encoder.limit}): {done}."
                 )
             if example is not None:
                 made.append(dict(example) | {_LENGTH: length})

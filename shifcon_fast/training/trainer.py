@@ -101,6 +101,10 @@ class ShifConTrainer(
             self._data = self._read_data(
                 model, args, tokenizer, train=train_dataset, evaluation=eval_dataset, collator=data_collator
             )
+            if self.handle is not None:
+                self._data.tell_what_is_in_one_only(
+                    self.handle.shift.languages, translations=bool(args.w_mcl)
+                )
             super().__init__(
                 model=model,
                 args=args,
@@ -337,7 +341,7 @@ class ShifConTrainer(
             NonFiniteLossError: a loss or gradient became NaN or infinite.
             KeyboardInterrupt: after Ctrl-C or SIGTERM, in this process or another, once the step at hand (several
                 processes: the next one) is finished and a checkpoint is saved.
-            ValueError: a checkpoint of another run.
+            ValueError: a checkpoint of another run; no training data, or too little for one batch.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))
@@ -347,10 +351,23 @@ class ShifConTrainer(
                 "replaces it",
                 self.args.output_dir,
             )
+        if self.train_dataset is None:
+            raise ValueError(
+                "train_dataset: none given; wanted instructions, whose batches the steps go by (with w_gen=0 only "
+                "the translations beside them are learnt)"
+            )
+        if not self.args.w_gen:
+            warn_once("w_gen is 0: instructions are passed through the model for the logged loss alone")
         self._watch = FiniteWatch()
         with self._watch_for_interrupts():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._raise_if_stopped()
+        if self.state.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "train_dataset: not one batch came of it, and nothing was trained; wanted at least "
+                f"{self.args.train_batch_size} rows a process (per_device_train_batch_size) where "
+                "dataloader_drop_last is set, else one"
+            )
         self._finish()
         self._raise_if_asked_too_late()
         return output

@@ -10,6 +10,7 @@ from typing import Any
 
 from shifcon_fast.data.languages import find_language, position_of
 from shifcon_fast.modeling.vocabulary import embedding_rows, within_context
+from shifcon_fast.notices import warn_once
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.instruction_data import ExampleEncoder, InstructionCollator
 from shifcon_fast.training.language_column import PER_EXAMPLE, LanguageCollator
@@ -45,6 +46,27 @@ class TrainingData:
         counts = Counter(ids)
         return {name: counts[index] for index, name in enumerate(self.languages) if counts[index]}
 
+    def tell_what_is_in_one_only(self, shifted: Sequence[str], *, translations: bool) -> None:
+        """Say once which of the shift's languages have no instructions, and which of the instructions' no shift.
+
+        Args:
+            shifted: the languages of the shift.
+            translations: whether those are learnt from translations too.
+        """
+        if self.examples is None:
+            return
+        if without := [language for language in shifted if language not in self.examples]:
+            learnt = "learnt from translations alone" if translations else "not trained on"
+            warn_once(
+                f"train_dataset: the language space has {', '.join(without)}, and no instruction is in it, or left "
+                f"within max_length; {learnt}"
+            )
+        if beside := [language for language in self.examples if language not in shifted]:
+            warn_once(
+                f"train_dataset: instructions in {', '.join(beside)}, which the language space does not have, are "
+                "trained on without translations"
+            )
+
     def prepared(self, data: Any) -> Any:
         """One data set or a dict of them, ready; None and the name of an evaluation set as it is."""
         named = self.evaluation if isinstance(self.evaluation, Mapping) else {}
@@ -76,10 +98,12 @@ def read_training_data(
         DataError: see :func:`.prepare`.
     """
     languages, language_id = name_languages(known, args, train, evaluation, shifted=shifted)
+    longest = within_context(args.max_length, model)
     encoder = ExampleEncoder(
         tokenizer,
         language_id,
-        max_length=within_context(args.max_length, model),
+        max_length=longest,
+        limit="max_length" if longest == args.max_length else "the model's context",
         too_long=args.too_long,
         use_chat_template=args.use_chat_template,
         embedding_rows=embedding_rows(model),

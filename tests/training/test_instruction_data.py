@@ -71,6 +71,20 @@ def test_too_long(build: Callable[..., InstructionDataset], caplog: pytest.LogCa
         build(LONG, max_length=6, too_long="drop")
 
 
+def test_the_context_is_named_where_it_is_the_limit(
+    build: Callable[..., InstructionDataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nobody is told to raise max_length, which would change nothing."""
+    build(SHORT, LONG, max_length=6, limit="the model's context")
+    assert "1 of 2 instructions have more than 6 tokens (the model's context): cut at the end" in caplog.text
+    with pytest.raises(DataError, match=r"wanted at most 6 \(the model's context\); too_long="):
+        build(LONG, max_length=6, limit="the model's context", too_long="error")
+    with pytest.raises(
+        DataError, match=r"within the model's context = 2 tokens: .* alone has \d; shorten it"
+    ):
+        build(LONG, max_length=2, limit="the model's context")
+
+
 def test_unknown_language_names_the_line(word_tokenizer: PreTrainedTokenizerFast) -> None:
     def language_id(language: str) -> int:
         raise ValueError(f"language: got {language!r}; this language space knows en")
