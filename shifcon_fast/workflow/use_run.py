@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from shifcon_fast.data.prompts import encode_prompt
+from shifcon_fast.evaluation.sentences import context_length
 from shifcon_fast.export.targets import export_languages
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows
+from shifcon_fast.notices import warn_once
 from shifcon_fast.opening import is_run, open_model
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,11 @@ def generate(
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[str]:
-    """Yield the answer to each prompt, shifted by ``language``; for ``auto``, by its own, which is logged."""
+    """Yield the answer to each prompt, shifted by ``language``; for ``auto``, by its own, which is logged.
+
+    Raises:
+        ValueError: no prompt, one that fills the model's context, or a model that is no run.
+    """
     if not prompts:
         raise ValueError(
             "prompts: none given; wanted one or more, as arguments or a line each on standard input"
@@ -44,12 +50,22 @@ def generate(
     for prompt in prompts:
         prompt_ids = encode_prompt(tokenizer, prompt)
         check_token_ids(prompt_ids, tokenizer, embedding_rows(loaded), f"prompt {prompt[:40]!r}")
+        room = max_new_tokens
+        if (limit := context_length(loaded)) is not None:
+            if len(prompt_ids) >= limit:
+                raise ValueError(
+                    f"prompt {prompt[:40]!r} has {len(prompt_ids)} tokens; the model's context holds {limit}, "
+                    "answer included: shorten it"
+                )
+            room = min(max_new_tokens, limit - len(prompt_ids))
+        if room < max_new_tokens:
+            warn_once(f"Answers are no longer than what the model's context of {limit} tokens leaves them.")
         tokens = torch.tensor([prompt_ids], device=loaded.device)
         with torch.no_grad():
             answer = loaded.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 **settings,
             )
         if handle.detected:

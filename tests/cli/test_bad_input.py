@@ -135,6 +135,17 @@ def test_an_unknown_language_code_is_refused(workplace, run: Path, tmp_path: Pat
     assert "'xx', which the language space does not know" in refused.text
 
 
+def test_a_prompt_beyond_the_context_is_refused(workplace, run: Path) -> None:
+    """The model's context holds 128 tokens; an answer ends with it."""
+    flags = ("generate", "--model", run, "--language", "sw")
+    refused = workplace.shifcon(*flags, "Ada " * 200)
+    assert refused.code == 2
+    assert "has 201 tokens; the model's context holds 128, answer included: shorten it" in refused.text
+    answered = workplace.shifcon(*flags, "Ada " * 120)
+    assert answered.code == 0
+    assert "Answers are no longer than what the model's context of 128 tokens leaves them" in answered.text
+
+
 def test_a_folder_that_is_not_ours_is_refused(workplace, tmp_path: Path) -> None:
     flags = workplace.train_flags(tmp_path / "out", "--space", str(tmp_path))
     assert workplace.shifcon(*flags).code == 2

@@ -180,5 +180,10 @@ def test_bad_arguments(attached: tuple[Any, ShiftHandle], batch: ContrastiveBatc
     with pytest.raises(ValueError, match=r"temperature: got 0\.0; wanted a positive number"):
         mcl_loss(model, batch, handle, temperature=0.0)
     odd = ContrastiveBatch(**{name: value[:5] for name, value in batch.items()})  # type: ignore[typeddict-item]
+    none = ContrastiveBatch(**{name: value[:0] for name, value in batch.items()})  # type: ignore[typeddict-item]
+    with pytest.raises(
+        ValueError, match="batch: got 0 rows; wanted N pivot sentences and their N translations"
+    ):
+        mcl_loss(model, none, handle)
     with pytest.raises(ValueError, match="batch: got 5 rows"):
         mcl_loss(model, odd, handle)
