@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from shifcon_fast.modeling.adapters import adapted_module
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
-from shifcon_fast.modeling.block_shift import SHIFT_TABLE
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE, shift_table
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.modeling.installation import (
     install,
@@ -24,6 +25,7 @@ from shifcon_fast.modeling.installation import (
     swapped_modules,
     uninstall,
 )
+from shifcon_fast.modeling.learned_alpha import as_learnt, learnt_alphas, start_learning, stop_learning
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.spoken import Spoken, spoken
 from shifcon_fast.modeling.swap import HANDLES, original_class
@@ -42,7 +44,7 @@ def attach(
     space: LanguageSpace | LanguageShift,
     forward: int | None = None,
     backward: int | None = None,
-    alpha: float | None = None,
+    alpha: float | Mapping[str, float] | None = None,
     *,
     recipe: Recipe | None = None,
     intervention: InterventionName | None = None,
@@ -72,7 +74,8 @@ def attach(
         model: a causal LM, a PEFT model around one, or a bare decoder.
         space: the language vectors, estimated on this model; or the shift that is made of them.
         forward, backward: boundaries f < b, each in 0 … L-1 (1 … L-1 for ``recipe="official"``).
-        alpha: length of the shift, in language vector differences; finite. None is 1.
+        alpha: length of the shift, in language vector differences; finite. None is 1. Or one for each language,
+            ``{"sw": 0.5}``; others have 1.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f-1 and b-1, as the authors' code does. None is ``"stable"``.
         intervention: another way to move hidden states than by the mean shift, which None is: a map between
@@ -130,34 +133,68 @@ class ShiftHandle:
 
     @property
     def shift(self) -> LanguageShift:
-        """The shift in use: the active adapter's; the first one where the active adapter has none."""
+        """The shift in use: the active adapter's; the first one where the active adapter has none.
+
+        With α as it is now, where it is learnt: that waits for the device.
+        """
+        return as_learnt(self._as_attached, self.learnt_alphas)
+
+    @property
+    def _as_attached(self) -> LanguageShift:
         found = self._attachment.in_use()
-        return found.shift if found is not None else next(iter(self.shifts.values()))
+        return found.shift if found is not None else next(iter(self._attachment.shifts.values()))
 
     @property
     def shifts(self) -> Mapping[str | None, LanguageShift]:
         """adapter → its shift; None → one that is used whatever the adapter."""
-        return MappingProxyType(self._attachment.shifts)
+        learnt = self.learnt_alphas
+        return MappingProxyType(
+            {adapter: as_learnt(each, learnt) for adapter, each in self._attachment.shifts.items()}
+        )
 
     @property
     def forward(self) -> int:
         """Boundary of the shift toward the pivot."""
-        return self.shift.forward
+        return self._as_attached.forward
 
     @property
     def backward(self) -> int:
         """Boundary of the shift back."""
-        return self.shift.backward
+        return self._as_attached.backward
 
     @property
     def alpha(self) -> float:
-        """Length of the shift, in language vector differences."""
-        return self.shift.alpha
+        """Length of the shift, in language vector differences; of languages with a factor of their own, see
+        :meth:`.LanguageShift.alpha_of`."""
+        return self._as_attached.alpha
 
     @property
     def recipe(self) -> Recipe:
         """``"stable"`` or ``"official"``."""
-        return self.shift.recipe
+        return self._as_attached.recipe
+
+    @property
+    def learnt_alphas(self) -> nn.Parameter | None:
+        """(K,) float32, the factor of α of each language while it is learnt; else None."""
+        return learnt_alphas(self._decoder, self._attachment) if self._is_attached else None
+
+    def learn_alpha(self) -> nn.Parameter:
+        """Make α of each language a parameter of the model: (K,) float32 factors of :attr:`alpha`, 1 at first.
+
+        Give it to the optimizer with a learning rate of its own, larger than the adapters', and without weight decay;
+        ``ShifConTrainer`` does with ``learn_alpha=True``. Gradients are exact, in mixed batches too. :attr:`shift` has
+        the factors, with which it is saved, loaded and exported.
+
+        Raises:
+            ValueError: shifts of several adapters, or an alpha of 0.
+        """
+        self._require_attached()
+        return start_learning(self._decoder, self._attachment)
+
+    def freeze_alpha(self) -> None:
+        """End :meth:`learn_alpha`: the model shifts as it has learnt to, and has no such parameter any more."""
+        self._require_attached()
+        stop_learning(self._decoder, self._attachment)
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -238,25 +275,27 @@ class ShiftHandle:
             ValueError: a code that the shift in use does not know; the known ones are listed.
         """
         codes = [languages] if isinstance(languages, str) else list(languages)
-        return torch.tensor([self.shift.language_id(code) for code in codes], dtype=torch.long, device=device)
+        ids = [self._as_attached.language_id(code) for code in codes]
+        return torch.tensor(ids, dtype=torch.long, device=device)
 
     def shift_table(self, block: int) -> Tensor | None:
         """(K, d) float32, what the shift in use adds at the input of a block; None where it adds nothing."""
         _, first, shift = self._attachment.in_use() or (0, 0, self.shift)
-        table = self._decoder.blocks[block]._buffers.get(SHIFT_TABLE)
+        table = shift_table(self._decoder.blocks[block])
         if table is None or block not in shift.blocks:
             return None
-        return table[first : first + len(shift.languages)]
+        return table[first : first + len(shift.languages)].detach()
 
     def set_shift(self, shift: LanguageShift) -> None:
         """Use other vectors or another alpha in place of those of the shift in use, from the next forward on.
 
         Not between a forward and its backward: under gradient checkpointing, recomputation would use the new ones.
+        Factors that are learnt stay as they are, whatever ``shift.alphas``.
 
         Raises:
             ValueError: another area, recipe, pivot, hidden size, other languages (or another order of them).
         """
-        before = self.shift
+        before = self._as_attached
         for name in _KEPT:
             if getattr(shift, name) != getattr(before, name):
                 raise ValueError(
@@ -264,8 +303,9 @@ class ShiftHandle:
                     "to change it."
                 )
         self._require_attached()
-        adapter = next(adapter for adapter, each in self.shifts.items() if each is before)
-        self._attachment.shifts[adapter] = shift
+        shifts = self._attachment.shifts
+        adapter = next(adapter for adapter, each in shifts.items() if each is before)
+        shifts[adapter] = shift if self.learnt_alphas is None else replace(shift, alphas=None)
         put_tables(self._decoder, self._attachment)
 
     def add_shift(self, shift: LanguageShift, adapter: str, *, check_fingerprint: bool = True) -> None:
@@ -276,6 +316,8 @@ class ShiftHandle:
                 whatever the adapter.
         """
         self._require_attached()
+        if self.learnt_alphas is not None:
+            raise ValueError("shift: alpha is learnt, of the only shift of a model; call freeze_alpha() first.")
         if None in self.shifts or adapter in self.shifts:
             whose = "one whatever the adapter" if None in self.shifts else f"that of {adapter!r}"
             raise ValueError(f"adapter: the model is attached with {whose} already; detach it first.")
@@ -374,7 +416,7 @@ def _shift(
     *,
     forward: int | None,
     backward: int | None,
-    alpha: float | None,
+    alpha: float | Mapping[str, float] | None,
     recipe: Recipe | None,
 ) -> LanguageShift:
     given = {name: value for name, value in options.items() if value}
@@ -391,7 +433,7 @@ def _shift(
             "recommend_area(space)"
         )
     _check_size(space, decoder)
-    return space.shift(forward, backward, 1.0 if alpha is None else float(alpha), recipe or "stable", **given)
+    return space.shift(forward, backward, 1.0 if alpha is None else alpha, recipe or "stable", **given)
 
 
 def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_fingerprint: bool) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from shifcon_fast.modeling.architectures import Architecture, Layout
 from shifcon_fast.modeling.attachment import ATTACHMENT
-from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped, shift_table
 from shifcon_fast.modeling.branches import Arguments, Norm
 from shifcon_fast.modeling.norms import NORM_COUNTS, Shift, add_norm, add_shift
 
@@ -62,8 +62,7 @@ def _shift(
     block: nn.Module, hidden_states: Tensor, language_ids: Tensor | None
 ) -> tuple[Tensor, Shift | None]:
     """A block's input, moved where the intervention is a map; and what is to be added to it, if anything is."""
-    table = block._buffers.get(SHIFT_TABLE)
-    if table is None or language_ids is None:
+    if language_ids is None or SHIFT_TABLE not in block._buffers:
         return hidden_states, None
     if hidden_states.dim() != 3 or hidden_states.shape[: language_ids.dim()] != language_ids.shape:
         raise ValueError(
@@ -78,6 +77,8 @@ def _shift(
     language_ids = language_ids.to(hidden_states.device)
     if is_mapped(block):
         return mapped(block, hidden_states, language_ids), None
+    table = shift_table(block)
+    assert table is not None
     return hidden_states, Shift(table.to(hidden_states.device), language_ids)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
-from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped
+from shifcon_fast.modeling.block_shift import SHIFT_TABLE, is_mapped, mapped, shift_table
 from shifcon_fast.modeling.content import ordinary_norms, ordinary_tokens, token_norms
 from shifcon_fast.modeling.packing import Packing, packing_of, to_device
 from shifcon_fast.modeling.prefix import Beside, run_prefix
@@ -187,7 +187,7 @@ class _Means:
             packing = batch.packing.to(here)
             mean, mask = _pool_packed(hidden_states, mask, packing, keep_massive=batch.keep_massive)
         block = batch.decoder.blocks[boundary]
-        table = block._buffers.get(SHIFT_TABLE)
+        table = shift_table(block)
         if self._ids is not None and table is not None and is_mapped(block):
             # A map is affine: the mean of what it gives is what it gives of the mean.
             rows = torch.where(mask.any(dim=1).to(mean.device), self._ids.to(mean.device), -1)

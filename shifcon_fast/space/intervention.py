@@ -49,14 +49,14 @@ class ProjectionTables:
         basis: (K, d, k) float32, orthonormal columns, or columns of zeros.
         pivot: row of the pivot.
         toward: s is the row's language and t the pivot; else the other way round.
-        alpha: α.
+        alpha: α, or (K,) float32 one for each language.
     """
 
     mean: Tensor
     basis: Tensor
     pivot: int
     toward: bool
-    alpha: float
+    alpha: float | Tensor
 
 
 @dataclass(frozen=True, eq=False)

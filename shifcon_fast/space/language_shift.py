@@ -41,6 +41,8 @@ class LanguageShift:
         median_norm: (2, K) float32, median ‖h‖ of the languages' content tokens at f and b.
         num_boundaries: L, one for each block of the model.
         alpha: length of the shift, in language vector differences; finite.
+        alphas: (K,) float32, finite: each language's own factor of ``alpha``, as ``learn_alpha`` finds them; None is
+            1 for all.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f−1 and b−1, as the authors' code does.
         provenance: JSON-able: where the vectors are from. ``model`` (with its ``fingerprint``), ``tokenizer``
@@ -81,6 +83,7 @@ class LanguageShift:
     bases: Tensor | None = field(default=None, repr=False)
     links: Tensor | None = field(default=None, repr=False)
     spread: Tensor | None = field(default=None, repr=False)
+    alphas: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(set(self.languages)) != len(self.languages):
@@ -91,6 +94,10 @@ class LanguageShift:
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha: got {self.alpha}, wanted a finite number.")
         count = len(self.languages)
+        if self.alphas is not None and (self.alphas.shape != (count,) or not self.alphas.isfinite().all()):
+            raise ValueError(
+                f"alphas: got {self.alphas.tolist()}; wanted {count} finite numbers, one per language"
+            )
         if self.vectors.dim() != 3 or self.vectors.shape[:2] != (2, count):
             raise ValueError(
                 f"vectors: got shape {tuple(self.vectors.shape)}; wanted (2, {count} languages, d)"
@@ -170,6 +177,22 @@ class LanguageShift:
             return self.languages.index(language)
         return position_of(language, self.languages)
 
+    def alpha_of(self, language: str) -> float:
+        """α of a language: the shift's, times the language's own factor where there is one.
+
+        Raises:
+            ValueError: a language that is not one of these; the known codes are listed.
+        """
+        own = 1.0 if self.alphas is None else float(self.alphas[self.language_id(language)])
+        return self.alpha * own
+
+    def _scaled(self, displacement: Tensor) -> Tensor:
+        """(K, d, ...) times α of each language."""
+        if self.alphas is None:
+            return self.alpha * displacement
+        alphas = (self.alpha * self.alphas).to(displacement.device)
+        return alphas.reshape(-1, *[1] * (displacement.dim() - 1)) * displacement
+
     def _toward(self) -> Tensor:
         """(2, K, d), from each language's mean to where it is moved at f and, turned round, at b; without alpha."""
         if self.intervention == "centre":
@@ -187,7 +210,7 @@ class LanguageShift:
         """
         toward = self._toward()
         first, second = self.blocks
-        return {first: self.alpha * toward[0], second: -self.alpha * toward[1]}
+        return {first: self._scaled(toward[0]), second: -self._scaled(toward[1])}
 
     def maps(self) -> dict[int, ProjectionTables | MapTables]:
         """block → how its input is moved, for interventions that are maps; empty for others."""
@@ -200,11 +223,12 @@ class LanguageShift:
         at = 0 if toward else 1
         mean, basis, pivot = self.vectors[at], self.bases[at], self.pivot_id
         if self.links is None:
-            return ProjectionTables(mean, basis, pivot, toward, self.alpha)
+            alpha = self.alpha if self.alphas is None else self.alpha * self.alphas
+            return ProjectionTables(mean, basis, pivot, toward, alpha)
         own, other = (basis, basis[pivot].expand_as(basis))
         start, end = (own, other) if toward else (other, own)
         source = mean if toward else mean[pivot].expand_as(mean)
-        left = self.alpha * (end @ self.links[at] - start)
+        left = self._scaled(end @ self.links[at] - start)
         return MapTables(self.tables()[self.blocks[at]], source.contiguous(), left, start.contiguous())
 
     def dose(self, language: str) -> tuple[float, float]:
@@ -217,7 +241,8 @@ class LanguageShift:
         squares = self._toward()[:, position].double().square().sum(-1)
         if self.spread is not None:
             squares = squares + self.spread[:, position].double().square()
-        at_f, at_b = (abs(self.alpha) * squares.sqrt() / self.median_norm[:, position].double()).tolist()
+        alpha = abs(self.alpha_of(language))
+        at_f, at_b = (alpha * squares.sqrt() / self.median_norm[:, position].double()).tolist()
         return at_f, at_b
 
 
@@ -234,7 +259,7 @@ def dose_warning(shift: LanguageShift) -> str | None:
     dose, language, boundary = max(high)
     affected = list(dict.fromkeys(each[1] for each in high))
     return (
-        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {shift.alpha:g}; {language} at "
+        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {shift.alpha_of(language):g}; {language} at "
         f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower "
         "alpha, or take another area."
     )

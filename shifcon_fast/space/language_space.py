@@ -157,7 +157,7 @@ class LanguageSpace:
         self,
         forward: int,
         backward: int,
-        alpha: float = 1.0,
+        alpha: float | Mapping[str, float] = 1.0,
         recipe: Recipe = "stable",
         *,
         intervention: InterventionName = "mean",
@@ -168,7 +168,7 @@ class LanguageSpace:
 
         Args:
             forward, backward: boundaries f < b, each in 0 … L−1 (1 … L−1 for ``recipe="official"``).
-            alpha, recipe: see :class:`LanguageShift`.
+            alpha, recipe: see :class:`LanguageShift`. α by language, ``{"sw": 0.5}``: languages left out have 1.
             intervention: the way to move hidden states, see :mod:`shifcon_fast.space.intervention`.
             targets: languages whose barycentre is moved to instead of the pivot; empty for the pivot.
             seed: of the directions of "random".
@@ -183,10 +183,12 @@ class LanguageSpace:
         for boundary in area:
             self._estimated(boundary)
         parts: dict[str, Any] = {}
+        if isinstance(alpha, Mapping):
+            parts["alphas"] = self._alphas(alpha)
         if intervention == "random":
             parts["directions"] = random_directions(len(self.languages), self.hidden_size, seed)
         elif intervention in MAPS:
-            parts = fit_maps([self._fitted(boundary) for boundary in area], self.pivot, intervention)
+            parts |= fit_maps([self._fitted(boundary) for boundary in area], self.pivot, intervention)
         return LanguageShift(
             self.languages,
             self.pivot,
@@ -195,7 +197,7 @@ class LanguageSpace:
             self.mean[list(area)],
             self.median_norm[list(area)],
             self.num_boundaries,
-            alpha,
+            1.0 if isinstance(alpha, Mapping) else float(alpha),
             recipe,
             provenance={
                 **{name: self.card[name] for name in _ORIGIN if name in self.card},
@@ -207,6 +209,16 @@ class LanguageSpace:
             targets=tuple(self.languages[self.language_id(code)] for code in targets),
             **parts,
         )
+
+    def _alphas(self, given: Mapping[str, float]) -> Tensor:
+        """(K,), α of each language; 1 where none is given."""
+        found = torch.ones(len(self.languages))
+        for code, value in given.items():
+            try:
+                found[self.language_id(code)] = float(value)
+            except ValueError as error:
+                raise ValueError(f"alpha: {error}") from error
+        return found
 
     def _fitted(self, boundary: int) -> FittedSubspaces:
         subspaces = {code: self.subspace(boundary, code) for code in self.languages}

@@ -34,7 +34,9 @@ def space(plain: Any, word_tokenizer: Any, parallel_text: dict[str, list[str]]) 
     return estimate_space(plain, word_tokenizer, text, rank=RANK, progress=False)
 
 
-def moved(shift: LanguageShift, at: int, language: int, x: Tensor) -> Tensor:
+def moved(
+    shift: LanguageShift, at: int, language: int, x: Tensor, alphas: Tensor | None = None
+) -> Tensor:
     """x (T, d) float64 as the formulas of ``space.intervention`` move it, at f (0) or b (1)."""
     vectors, pivot = shift.vectors.double()[at], shift.pivot_id
     start, end = (vectors[language], vectors[pivot]) if at == 0 else (vectors[pivot], vectors[language])
@@ -61,11 +63,13 @@ def moved(shift: LanguageShift, at: int, language: int, x: Tensor) -> Tensor:
             coordinates = (x - start) @ own
             left = (x - start) - coordinates @ own.T
             there = end + left + coordinates @ shift.links.double()[at, language].T @ other.T
-    return x + shift.alpha * (there - x)
+    return x + (shift.alpha if alphas is None else shift.alpha * alphas[language]) * (there - x)
 
 
-def hooked(model: nn.Module, shift: LanguageShift, ids: Tensor) -> nn.Module:
-    """A float64 copy whose blocks' inputs are moved by hooks; ids are (B,) or (B, T)."""
+def hooked(
+    model: nn.Module, shift: LanguageShift, ids: Tensor, alphas: Tensor | None = None
+) -> nn.Module:
+    """A float64 copy whose blocks' inputs are moved by hooks; ids are (B,) or (B, T), alphas (K,) float64."""
     plain = copy.deepcopy(model).double()
 
     def hook(at: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -75,7 +79,7 @@ def hooked(model: nn.Module, shift: LanguageShift, ids: Tensor) -> nn.Module:
             rows = []
             for row, languages in zip(hidden, per_token, strict=True):
                 found = [
-                    token if language < 0 else moved(shift, at, int(language), token[None])[0]
+                    token if language < 0 else moved(shift, at, int(language), token[None], alphas)[0]
                     for token, language in zip(row, languages, strict=True)
                 ]
                 rows.append(torch.stack(found))
@@ -150,6 +154,43 @@ def test_gradients_go_through(
         got = handle.model.get_input_embeddings().weight.grad
     expected = oracle.get_input_embeddings().weight.grad
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("intervention", EVERY)
+def test_learned_alphas_scale_and_get_exact_gradients(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor], intervention: str, per_token: bool
+) -> None:
+    ids = torch.tensor([1, 2, 0, -1])  # sw, de, en (the pivot), none
+    if per_token:
+        ids = torch.tensor([1, 2, 0, -1, 2]).repeat(4, 2)[:, : batch["input_ids"].shape[1]]
+    shift = space.shift(F, B, 0.5, **options(intervention))
+    alphas = torch.tensor([1.25, 0.5, -0.75])
+    exact = alphas.double().requires_grad_()
+    hooked(plain, shift, ids, exact)(**batch, labels=batch["input_ids"]).loss.backward()
+    model = copy.deepcopy(plain).requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with sf.attach(model, replace(shift, alphas=alphas)) as handle:
+        fixed = model(**batch, language_ids=ids).logits
+        learnt = handle.learn_alpha()
+        assert handle.learn_alpha() is learnt
+        output = model(**batch, labels=batch["input_ids"], language_ids=ids)
+        torch.testing.assert_close(output.logits, fixed, rtol=1e-5, atol=1e-5)
+        output.loss.backward()
+        assert learnt.grad is not None
+        torch.testing.assert_close(learnt.grad.double(), exact.grad, rtol=2e-3, atol=2e-5)
+        assert (learnt.grad[0] != 0) == shift.moves_pivot
+        with torch.no_grad():
+            learnt.mul_(2)
+        doubled = model(**batch, language_ids=ids).logits
+        handle.freeze_alpha()
+        assert list(model.model.layers[F].named_parameters(recurse=False)) == []
+        assert torch.equal(handle.shift.alphas, 2 * alphas)  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            model(**batch, language_ids=ids).logits, doubled, rtol=1e-5, atol=1e-5
+        )
+    assert handle.shift.dose("sw")[0] == pytest.approx(space.shift(F, B, 0.5, **options(intervention)).dose("sw")[0])
 
 
 @pytest.mark.parametrize("intervention", EVERY)
