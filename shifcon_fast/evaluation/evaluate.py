@@ -181,6 +181,7 @@ def evaluate(
             "alpha": handle.alpha,
             "recipe": handle.recipe,
             "intervention": handle.shift.intervention,
+            **({"alphas": alphas} if (alphas := handle.shift.alphas_by_language) else {}),
         },
         retrieval=retrieval,
         perplexity=perplexity,

@@ -208,11 +208,14 @@ def _language_table(run: Mapping[str, Any], shift: LanguageShift | None, shifts:
     if shift is None:
         return ""
     sentences = shift.provenance.get("sentences") or {}
-    header = ["language", *(["dose at f", "dose at b"] if shifts else []), "sentences of its vectors"]
+    learnt = shifts and shift.alphas is not None
+    header = ["language", *(["alpha"] if learnt else []), *(["dose at f", "dose at b"] if shifts else [])]
+    header.append("sentences of its vectors")
     rows = []
     for each in shift.languages:
         doses = ("pivot", "pivot") if each == shift.pivot else [f"{dose:.2f}" for dose in shift.dose(each)]
-        rows.append([each, *(doses if shifts else ()), sentences.get(each, "–")])
+        alpha = [f"{shift.alpha_of(each):.3f}"] if learnt else []
+        rows.append([each, *alpha, *(doses if shifts else ()), sentences.get(each, "–")])
     return table(header, rows)
 
 

@@ -186,6 +186,11 @@ class LanguageShift:
         own = 1.0 if self.alphas is None else float(self.alphas[self.language_id(language)])
         return self.alpha * own
 
+    @property
+    def alphas_by_language(self) -> dict[str, float]:
+        """Language → its own factor of alpha; empty where none has one."""
+        return {} if self.alphas is None else dict(zip(self.languages, self.alphas.tolist(), strict=True))
+
     def _scaled(self, displacement: Tensor) -> Tensor:
         """(K, d, ...) times α of each language."""
         if self.alphas is None:

@@ -105,6 +105,14 @@ class ShifConArguments(TrainingArguments):
         default=None,
         metadata={"help": "Languages whose barycentre is shifted to. Default: the pivot alone."},
     )
+    learn_alpha: bool = field(
+        default=False,
+        metadata={"help": "Learn alpha with the adapters: a factor for each language, 1 at first."},
+    )
+    alpha_learning_rate: float = field(
+        default=3e-3,
+        metadata={"help": "Peak learning rate of a learnt alpha, which has no weight decay."},
+    )
     pivot: str = field(default="en", metadata={"help": "The dominant language."})
     w_gen: float | None = field(default=None, metadata={"help": "Weight of the generation loss."})
     w_mcl: float | None = field(
@@ -296,6 +304,7 @@ class ShifConArguments(TrainingArguments):
             raise ValueError(f"alpha: got {self.alpha}; wanted a number")
         if self.intervention is not None:
             check_intervention(self.intervention)
+        self._check_learn_alpha()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}; wanted 0 <= ema_decay < 1")
         if (self.forward is None) != (self.backward is None):
@@ -307,6 +316,22 @@ class ShifConArguments(TrainingArguments):
             raise ValueError(
                 f"forward, backward: got {self.forward} and {self.backward}; wanted forward < backward"
             )
+
+    def _check_learn_alpha(self) -> None:
+        rate = self.alpha_learning_rate
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"alpha_learning_rate: got {rate}; wanted a positive number")
+        if not self.learn_alpha:
+            return
+        why = None
+        if not self.shift:
+            why = "shift=False, which leaves generation without an alpha; wanted shift=True"
+        elif self.alpha == 0:
+            why = "alpha=0, with which nothing is shifted; wanted another alpha, such as 1"
+        elif not self.w_gen and self.mcl_mode != "shifted":
+            why = f"w_gen=0 and mcl_mode={self.mcl_mode!r}, of which no loss depends on alpha; wanted w_gen above 0"
+        if why is not None:
+            raise ValueError(f"learn_alpha: got True with {why}, or learn_alpha=False")
 
     @property
     def keeps_pivot(self) -> bool:

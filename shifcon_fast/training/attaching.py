@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def _use_attachment(
             targets=shift.targets,
             seed=args.seed,
         )
+        space = replace(space, alphas=shift.alphas)
     if space is not None:
         handle.set_shift(space)
 
@@ -142,6 +144,13 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
         shift = handle.shift
         here |= {"languages": list(shift.languages), "recipe": shift.recipe}
         here |= {"intervention": shift.intervention, "targets": list(shift.targets)}
+    learns, learnt = handle is not None and handle.learnt_alphas is not None, "alphas" in card
+    if learns and not learnt:
+        raise ValueError(
+            f"{checkpoint / CARD}: its alpha was not learnt, here it is; resume with the arguments of the run"
+        )
+    if not learns and card["training"].get("learn_alpha"):
+        raise ValueError(f"{checkpoint / CARD}: learn_alpha is true, here it is false; resume with learn_alpha=True")
     for name, value in here.items():
         if card.get(name, value) != value:
             raise ValueError(

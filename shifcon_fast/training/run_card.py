@@ -60,6 +60,7 @@ class RunCard(TypedDict):
     recipe: Literal["stable", "official"]
     intervention: NotRequired[InterventionName]
     targets: NotRequired[list[str]]
+    alphas: NotRequired[dict[str, float]]
     shift: bool
     end_of_turn: list[Annotated[int, Field(ge=0)]]
     pivot: str | None
@@ -120,7 +121,7 @@ def make_card(
     source = str(
         getattr(base.config, "_name_or_path", "") or model.active_peft_config.base_model_name_or_path
     )
-    return {
+    card: RunCard = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": str(Path(source).resolve()) if Path(source).is_dir() else source,
@@ -150,3 +151,6 @@ def make_card(
             "python": platform.python_version(),
         },
     }
+    if shift is not None and (alphas := shift.alphas_by_language):
+        card["alphas"] = alphas
+    return card

@@ -36,7 +36,8 @@ LOG = "training_log.json"
 PROFILE = "profile"  # folder of the language space, where the run has estimated it itself
 # What belongs to the card and goes with it when a run is replaced or started over.
 FILES = (*ADAPTER, GENERATION, SHIFT, LOG)
-_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")  # and every loss_...
+_LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+_LOGGED_BY_NAME = ("loss_", "alpha_")  # and all that begin so
 
 
 @dataclass
@@ -92,6 +93,8 @@ def write_run_files(folder: Path, model: Any, state: RunState, name: str | None 
     gathered = state.gathered
     save_adapter(folder, model, gathered.weights if gathered else None)
     shift = state.shift or (state.handle.shift if state.handle else None)
+    if shift is not None and state.handle is not None and state.handle.learnt_alphas is not None:
+        shift = replace(shift, alphas=state.handle.shift.alphas)
     if shift is not None:
         write_shift(folder, shift)
     if shift is not None and state.shifted and shift.alpha:
@@ -216,7 +219,7 @@ def _attach(model: Any, shift: LanguageShift, adapter: str) -> None:
 
 def _training_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [
-        {name: value for name, value in row.items() if name in _LOGGED or name.startswith("loss_")}
+        {name: value for name, value in row.items() if name in _LOGGED or name.startswith(_LOGGED_BY_NAME)}
         for row in history
         if "loss" in row
     ]

@@ -1,6 +1,6 @@
 """``shift.safetensors`` of a run folder: the language vectors at f and b, with where they are from.
 
-And what an intervention other than the mean shift needs besides.
+And what an intervention other than the mean shift needs besides, and α of each language where it was learnt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHIFT = "shift.safetensors"
 _TABLES = ("forward", "backward")
 _MEDIANS = "median_norm"
 _ROUTER = ("router_weight", "router_bias")
-_OF_INTERVENTION = ("directions", "bases", "links", "spread")
+_OPTIONAL = ("directions", "bases", "links", "spread", "alphas")
 _PROVENANCE = "provenance"
 
 
@@ -51,7 +51,7 @@ def write_shift(folder: Path, shift: LanguageShift) -> None:
     metadata = {"format": "pt", _PROVENANCE: json.dumps(dict(shift.provenance), ensure_ascii=False)}
     if shift.router is not None:
         tensors |= {_ROUTER[0]: shift.router.weight.contiguous(), _ROUTER[1]: shift.router.bias.contiguous()}
-    for name in _OF_INTERVENTION:
+    for name in _OPTIONAL:
         if (tensor := getattr(shift, name)) is not None:
             tensors[name] = tensor.contiguous()
     save_file({**tensors, _MEDIANS: shift.median_norm.contiguous()}, folder / SHIFT, metadata)
@@ -71,9 +71,7 @@ def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
     if missing := [name for name in (*_TABLES, _MEDIANS) if name not in tensors]:
         raise ValueError(f"{path}: lacks {', '.join(map(repr, missing))}")
     forward, backward = (tensors[name] for name in _TABLES)
-    of_intervention: dict[str, Any] = {
-        name: tensors[name].float() for name in _OF_INTERVENTION if name in tensors
-    }
+    optional: dict[str, Any] = {name: tensors[name].float() for name in _OPTIONAL if name in tensors}
     try:
         if forward.dim() != 2 or forward.shape != backward.shape:
             raise ValueError(
@@ -94,7 +92,7 @@ def read_shift(folder: Path, card: Mapping[str, Any]) -> LanguageShift | None:
             else None,
             intervention=card.get("intervention", "mean"),
             targets=tuple(card.get("targets", ())),
-            **of_intervention,
+            **optional,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not fit the card beside it: {error}") from error

@@ -30,6 +30,7 @@ from shifcon_fast.training.following import FollowingTrainer
 from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptibleTrainer
 from shifcon_fast.training.language_log import LanguageLog
+from shifcon_fast.training.learning_alpha import AlphaTrainer
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
 from shifcon_fast.training.pivot_keeping import DISTILLATION, REPLAY, pivot_losses
@@ -44,7 +45,14 @@ logger = logging.getLogger(__name__)
 
 
 class ShifConTrainer(
-    FollowingTrainer, LanguageLog, SavingTrainer, InterruptibleTrainer, RunReadme, ShardedTrainer, Trainer
+    AlphaTrainer,
+    FollowingTrainer,
+    LanguageLog,
+    SavingTrainer,
+    InterruptibleTrainer,
+    RunReadme,
+    ShardedTrainer,
+    Trainer,
 ):
     """Fine-tunes a PEFT model with the ShifCon objective and writes a run folder (``args.output_dir``).
 
@@ -114,6 +122,7 @@ class ShifConTrainer(
                 eval_dataset=self._data.evaluation,
                 **kwargs,
             )
+            self._start_alpha()
         except BaseException:  # leave the model as it came
             if attached_before is not None:
                 attached_before.set_shift(shift_before)
