@@ -24,11 +24,12 @@ from shifcon_fast.evaluation.exact_match import (
 )
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
-from shifcon_fast.evaluation.result import EvaluationResult
+from shifcon_fast.evaluation.result import AttachedArea, EvaluationResult
 from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.version import package_versions
 
 log = logging.getLogger(__name__)
@@ -173,16 +174,7 @@ def evaluate(
     return EvaluationResult(
         model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
         pivot=pivot,
-        area=None
-        if handle is None
-        else {
-            "forward": handle.forward,
-            "backward": handle.backward,
-            "alpha": handle.alpha,
-            "recipe": handle.recipe,
-            "intervention": handle.shift.intervention,
-            **({"alphas": alphas} if (alphas := handle.shift.alphas_by_language) else {}),
-        },
+        area=None if handle is None else _area_of(handle.shift),
         retrieval=retrieval,
         perplexity=perplexity,
         outcomes=outcomes,
@@ -201,6 +193,19 @@ def evaluate(
         },
         versions=package_versions(),
     )
+
+
+def _area_of(shift: LanguageShift) -> AttachedArea:
+    area: AttachedArea = {
+        "forward": shift.forward,
+        "backward": shift.backward,
+        "alpha": shift.alpha,
+        "recipe": shift.recipe,
+        "intervention": shift.intervention,
+    }
+    if alphas := shift.alphas_by_language:
+        area["alphas"] = alphas
+    return area
 
 
 def _source(source: object) -> str | None:

@@ -174,6 +174,11 @@ class ShiftHandle:
         return self._as_attached.recipe
 
     @property
+    def moves_pivot(self) -> bool:
+        """Whether rows of the pivot are moved too, as some interventions do."""
+        return self._as_attached.moves_pivot
+
+    @property
     def learnt_alphas(self) -> nn.Parameter | None:
         """(K,) float32, the factor of α of each language while it is learnt; else None."""
         return learnt_alphas(self._decoder, self._attachment) if self._is_attached else None
@@ -317,7 +322,9 @@ class ShiftHandle:
         """
         self._require_attached()
         if self.learnt_alphas is not None:
-            raise ValueError("shift: alpha is learnt, of the only shift of a model; call freeze_alpha() first.")
+            raise ValueError(
+                "shift: alpha is learnt, of the only shift of a model; call freeze_alpha() first."
+            )
         if None in self.shifts or adapter in self.shifts:
             whose = "one whatever the adapter" if None in self.shifts else f"that of {adapter!r}"
             raise ValueError(f"adapter: the model is attached with {whose} already; detach it first.")

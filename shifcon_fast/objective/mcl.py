@@ -85,6 +85,7 @@ def mcl_loss(
     gather_across_devices: bool = False,
     pairs_by_process: Sequence[int] | None = None,
     follow: Callable[[Tensor], None] | None = None,
+    see_pivot: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """L_mcl of a batch of translation pairs, for the area [f, b) of an attached model.
 
@@ -104,6 +105,8 @@ def mcl_loss(
             device.
         follow: called with the (2, 2N, d) representations at f and b of an unshifted pass without gradients, which
             shares with the one at hand what is the same in both. Not with several passes.
+        see_pivot: called with the (2, N, d) representations of this process's pivot sentences at f and b, and their
+            graph. The pass then runs one block further, up to b.
 
     Returns:
         () float32 with a graph to the model's parameters.
@@ -119,15 +122,19 @@ def mcl_loss(
     ):  # before a refusal by one process, which the others would wait for
         pairs_by_process = pairs_of_processes(batch["input_ids"].shape[0] // 2, _device_of(model))
     counts = pairs_by_process if gathers and pairs_by_process else [_count_pairs(batch)]
+    inside = handle.backward - handle.forward
     pivot, other = contrastive_representations(
         model,
         batch,
-        range(handle.forward, handle.backward),
+        range(handle.forward, handle.backward + (see_pivot is not None)),
         shifted=mode == "shifted",
         keep_massive=handle.recipe == "official",
         passes=passes_needed(counts, mini_batch_size),
         follow=None if follow is None else ((handle.forward, handle.backward), follow),
     )
+    if see_pivot is not None:
+        see_pivot(pivot[[0, inside]])
+        pivot, other = pivot[:inside], other[:inside]
     if gathers:
         pivot, other = gather_pairs(pivot, counts), gather_pairs(other, counts)
     return mcl_from_representations(

@@ -130,6 +130,13 @@ class ShifConArguments(TrainingArguments):
             "help": "Weight of the divergence from the base model on the pivot sentences of the parallel text."
         },
     )
+    w_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the distance of pivot sentences from where the base model has them, at forward and "
+            "backward."
+        },
+    )
     mcl_mode: str | None = field(
         default=None,
         metadata={
@@ -293,7 +300,7 @@ class ShifConArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; wanted {least} or more")
-        for name in ("w_gen", "w_mcl", "w_replay", "w_distillation"):
+        for name in ("w_gen", "w_mcl", "w_replay", "w_distillation", "w_anchor"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise ValueError(f"{name}: got {value}; wanted 0 or more")
         if self.w_gen == 0 and self.w_mcl == 0:
@@ -336,6 +343,11 @@ class ShifConArguments(TrainingArguments):
     @property
     def keeps_pivot(self) -> bool:
         """Whether a loss over the pivot's sentences is trained on."""
+        return bool(self.predicts_pivot or self.w_anchor)
+
+    @property
+    def predicts_pivot(self) -> bool:
+        """Whether one of them needs the whole model's predictions."""
         return bool(self.w_replay or self.w_distillation)
 
     def method_settings(self) -> dict[str, Any]:

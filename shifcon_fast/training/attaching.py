@@ -36,7 +36,7 @@ def attach_for_training(
         if args.shift or args.w_mcl or args.keeps_pivot:
             raise ValueError(
                 "space: none given; wanted what estimate_space(model, ...) returns (only a run with shift=False "
-                "and w_mcl=0, and no w_replay or w_distillation, needs none)"
+                "and w_mcl=0, and no w_replay, w_distillation or w_anchor, needs none)"
             )
         return None
     pivot = space.pivot if space is not None else handle.shift.pivot  # type: ignore[union-attr]
@@ -150,7 +150,9 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
             f"{checkpoint / CARD}: its alpha was not learnt, here it is; resume with the arguments of the run"
         )
     if not learns and card["training"].get("learn_alpha"):
-        raise ValueError(f"{checkpoint / CARD}: learn_alpha is true, here it is false; resume with learn_alpha=True")
+        raise ValueError(
+            f"{checkpoint / CARD}: learn_alpha is true, here it is false; resume with learn_alpha=True"
+        )
     for name, value in here.items():
         if card.get(name, value) != value:
             raise ValueError(

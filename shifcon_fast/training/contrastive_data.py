@@ -243,7 +243,8 @@ def make_sampler(
     if parallel is None:
         reason = f"vectors={args.vectors!r} follows its sentences"
         if args.keeps_pivot:
-            reason = f"w_replay is {args.w_replay} and w_distillation {args.w_distillation}"
+            weights = {name: getattr(args, name) for name in ("w_replay", "w_distillation", "w_anchor")}
+            reason = " and ".join(f"{name} is {weight}" for name, weight in weights.items() if weight)
         if args.w_mcl:
             reason = f"w_mcl is {args.w_mcl}"
         raise ValueError(f"parallel: none given; wanted translations, for {reason}")

@@ -1,15 +1,23 @@
-"""Losses that keep the pivot language where it is: replay of its sentences, distillation from the base model.
+"""Losses that keep the pivot language where it is: replay of its sentences, distillation from the base model, anchoring.
 
 Over the pivot sentences of a contrastive batch, every token after the first:
 
     L_replay       = mean of -log p(token)
     L_distillation = mean of KL(p_base ‖ p), p_base without adapters (Li & Hoiem 2017, arXiv 1606.09282)
 
-Both go through the whole model once, unshifted, with the logits of some tokens at a time.
+Both go through the whole model once, unshifted, with the logits of some tokens at a time. And over the sentences s,
+at the boundaries k = f and b of the area, with r(s, k) the unshifted representation and r_base without adapters:
+
+    L_anchor       = mean of ‖r(s, k) - r_base(s, k)‖² / ‖r_base(s, k)‖²
+
+(as REPINA, Razdaibiedina et al. 2023, arXiv 2205.11603, keeps representations while it fine-tunes). Each sentence is
+divided by its own norm, so that the loss of a step is the same however its sentences are spread over batches and
+processes. It takes r from the contrastive pass where that passes the pivot unshifted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attachment import unshifted
+from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.objective.mcl import ContrastiveBatch
 from shifcon_fast.training.chunked_cross_entropy import chunked_cross_entropy
 from shifcon_fast.training.loss_without_logits import finish_of
 
-REPLAY, DISTILLATION = "loss_replay", "loss_distillation"
+REPLAY, DISTILLATION, ANCHOR = "loss_replay", "loss_distillation", "loss_anchor"
 _LOGITS = 2**23  # of a chunk, of both models
 
 
@@ -73,6 +83,42 @@ def pivot_losses(
         sums = [checkpoint(divergence, a, b, use_reentrant=False) for a, b in parts]
         found[DISTILLATION] = torch.stack(sums).sum() / len(hidden)
     return found
+
+
+def anchor_loss(pivot: Tensor, base: Tensor) -> Tensor:
+    """L_anchor, () float32, differentiable in ``pivot``.
+
+    Args:
+        pivot, base: (2, N, d) representations of the pivot's sentences at f and b; ``base`` of the model without
+            adapters.
+    """
+    base = base.detach().float()
+    distance = (pivot.float() - base).square().sum(-1)
+    return (distance / base.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+def pivot_representations(
+    model: Any, batch: ContrastiveBatch, boundaries: Sequence[int], *, keep_massive: bool = False
+) -> Tensor:
+    """(len(boundaries), N, d) float32 of a batch's pivot sentences, by an unshifted pass of their own."""
+    half = batch["input_ids"].shape[0] // 2
+    return boundary_representations(
+        model,
+        batch["input_ids"][:half],
+        batch["attention_mask"][:half],
+        batch["pool_mask"][:half],
+        boundaries,
+        keep_massive=keep_massive,
+    )
+
+
+@torch.no_grad()
+def base_representations(
+    model: Any, batch: ContrastiveBatch, boundaries: Sequence[int], *, keep_massive: bool = False
+) -> Tensor:
+    """:func:`pivot_representations` without adapters and dropout: the model as it was before training."""
+    with evaluation_mode(model), model.disable_adapter():
+        return pivot_representations(model, batch, boundaries, keep_massive=keep_massive)
 
 
 def _hidden(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:

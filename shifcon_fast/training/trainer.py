@@ -33,7 +33,15 @@ from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.learning_alpha import AlphaTrainer
 from shifcon_fast.training.liger import check_liger, name_language_ids
 from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
-from shifcon_fast.training.pivot_keeping import DISTILLATION, REPLAY, pivot_losses
+from shifcon_fast.training.pivot_keeping import (
+    ANCHOR,
+    DISTILLATION,
+    REPLAY,
+    anchor_loss,
+    base_representations,
+    pivot_losses,
+    pivot_representations,
+)
 from shifcon_fast.training.prepared_data import Instructions
 from shifcon_fast.training.quantization import keep_4bit_trainable
 from shifcon_fast.training.run_readme import RunReadme
@@ -189,9 +197,9 @@ class ShifConTrainer(
         its contrastive batches; so are the losses of :mod:`.pivot_keeping`, where they have a weight.
         """
         accumulation = self.current_gradient_accumulation_steps if model.training else 1
-        contrastive, early = None, model.training and self._sampler is not None and self._goes_early(model)
+        early = model.training and self._sampler is not None and self._goes_early(model)
         if early:  # nothing of it is held any more when the generation pass needs its memory
-            contrastive = self._contrastive_share(model, accumulation, early=True)
+            contrastive, total = self._contrastive_shares(model, accumulation, early=True)
         inputs = dict(inputs)
         language_ids = inputs.get("language_ids")
         if self.handle is None or not self.args.shift:
@@ -207,27 +215,31 @@ class ShifConTrainer(
         counts_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if num_items_in_batch is None or not counts_tokens:
             loss = loss / accumulation
-        if self._sampler is not None and not early:
-            contrastive = self._contrastive_share(model, accumulation, early=False)
+        if not early:
+            contrastive, total = self._contrastive_shares(model, accumulation, early=False)
         shares = {"loss_generation": loss}
-        if contrastive is not None:
-            shares["loss_contrastive"] = contrastive
-        if self._sampler is not None and self.args.keeps_pivot:
+        if self._sampler is not None and self.args.predicts_pivot:
             batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
             kept = self._pivot_losses(model, batch)
             shares |= {name: each / accumulation for name, each in kept.items()}
+        total = total + self._weighted(shares)
+        shares = {**shares, **contrastive}
         step, micro = self._micro_batch
         self._watch.note(shares, step + 1, micro)
         for name, share in shares.items():
             self._meter.add(name, share)
+        return (total, outputs) if return_outputs else total
+
+    def _weighted(self, shares: Mapping[str, Tensor]) -> Any:
+        """The sum of losses' shares, each with its weight; 0 of none."""
         weights = {
-            "loss_generation": self.args.w_gen,
-            "loss_contrastive": self.args.w_mcl,
+            "loss_generation": float(self.args.w_gen or 0),
+            "loss_contrastive": float(self.args.w_mcl or 0),
             REPLAY: self.args.w_replay,
             DISTILLATION: self.args.w_distillation,
+            ANCHOR: self.args.w_anchor,
         }
-        total = sum(weights[name] * share for name, share in shares.items())
-        return (total, outputs) if return_outputs else total
+        return sum((weights[name] * share for name, share in shares.items()), start=0)
 
     def _pivot_losses(self, model: Any, batch: ContrastiveBatch) -> dict[str, Tensor]:
         return pivot_losses(
@@ -246,21 +258,53 @@ class ShifConTrainer(
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return not sharded and self.accelerator.scaler is None and can_go_early(_trained(model))
 
-    def _contrastive_share(self, model: Any, accumulation: int, *, early: bool) -> Tensor | None:
-        """A micro-batch's share of the step's L_mcl; the vectors take note of its sentences."""
-        assert self._sampler is not None
+    def _contrastive_shares(
+        self, model: Any, accumulation: int, *, early: bool
+    ) -> tuple[dict[str, Tensor], Any]:
+        """A micro-batch's shares of the step's L_mcl and L_anchor, and their weighted sum, 0 of none.
+
+        The vectors take note of its sentences.
+        """
+        if self._sampler is None:
+            return {}, 0
         batch = self._sampler.batch(*self._micro_batch, rank=self.args.process_index)
-        follow, share = self._follow_in_passing(model, batch), None
+        follow, shares = self._follow_in_passing(model, batch), {}
+        seen: list[Tensor] = []
         if self.args.w_mcl:
-            share = self._contrastive_loss(model, batch, follow) / accumulation
-            if early:
-                share = with_gradient_now(share, _trained(model))
+            see = seen.append if self.args.w_anchor and self._passes_pivot_unshifted else None
+            shares["loss_contrastive"] = self._contrastive_loss(model, batch, follow, see) / accumulation
+        if self.args.w_anchor:
+            shares[ANCHOR] = self._anchor_loss(model, batch, *seen) / accumulation
+        weighted = self._weighted(shares)
+        if early and shares:
+            weighted = with_gradient_now(weighted, _trained(model))
+            shares = {name: share.detach() for name, share in shares.items()}
         if follow is None:
             self._follow(model, batch)
-        return share
+        return shares, weighted
+
+    @property
+    def _passes_pivot_unshifted(self) -> bool:
+        """Whether the contrastive pass does."""
+        assert self.handle is not None
+        return self.args.mcl_mode != "shifted" or not self.handle.moves_pivot
+
+    def _anchor_loss(self, model: Any, batch: ContrastiveBatch, pivot: Tensor | None = None) -> Tensor:
+        """L_anchor, with the pivot's representations where the contrastive pass has them."""
+        assert self.handle is not None
+        area = (self.handle.forward, self.handle.backward)
+        unwrapped = self.accelerator.unwrap_model(model)
+        massive = self.handle.recipe == "official"
+        if pivot is None:
+            pivot = pivot_representations(unwrapped, batch, area, keep_massive=massive)
+        return anchor_loss(pivot, base_representations(unwrapped, batch, area, keep_massive=massive))
 
     def _contrastive_loss(
-        self, model: Any, batch: ContrastiveBatch, follow: Callable[[Tensor], None] | None = None
+        self,
+        model: Any,
+        batch: ContrastiveBatch,
+        follow: Callable[[Tensor], None] | None = None,
+        see_pivot: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         assert self.handle is not None
         return mcl_loss(
@@ -274,6 +318,7 @@ class ShifConTrainer(
             gather_across_devices=self.args.gather_across_devices,
             pairs_by_process=[batch["input_ids"].shape[0] // 2] * self.args.world_size,
             follow=follow,
+            see_pivot=see_pivot,
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -34,9 +34,7 @@ def space(plain: Any, word_tokenizer: Any, parallel_text: dict[str, list[str]]) 
     return estimate_space(plain, word_tokenizer, text, rank=RANK, progress=False)
 
 
-def moved(
-    shift: LanguageShift, at: int, language: int, x: Tensor, alphas: Tensor | None = None
-) -> Tensor:
+def moved(shift: LanguageShift, at: int, language: int, x: Tensor, alphas: Tensor | None = None) -> Tensor:
     """x (T, d) float64 as the formulas of ``space.intervention`` move it, at f (0) or b (1)."""
     vectors, pivot = shift.vectors.double()[at], shift.pivot_id
     start, end = (vectors[language], vectors[pivot]) if at == 0 else (vectors[pivot], vectors[language])
@@ -66,9 +64,7 @@ def moved(
     return x + (shift.alpha if alphas is None else shift.alpha * alphas[language]) * (there - x)
 
 
-def hooked(
-    model: nn.Module, shift: LanguageShift, ids: Tensor, alphas: Tensor | None = None
-) -> nn.Module:
+def hooked(model: nn.Module, shift: LanguageShift, ids: Tensor, alphas: Tensor | None = None) -> nn.Module:
     """A float64 copy whose blocks' inputs are moved by hooks; ids are (B,) or (B, T), alphas (K,) float64."""
     plain = copy.deepcopy(model).double()
 
@@ -187,10 +183,10 @@ def test_learned_alphas_scale_and_get_exact_gradients(
         handle.freeze_alpha()
         assert list(model.model.layers[F].named_parameters(recurse=False)) == []
         assert torch.equal(handle.shift.alphas, 2 * alphas)  # type: ignore[arg-type]
-        torch.testing.assert_close(
-            model(**batch, language_ids=ids).logits, doubled, rtol=1e-5, atol=1e-5
-        )
-    assert handle.shift.dose("sw")[0] == pytest.approx(space.shift(F, B, 0.5, **options(intervention)).dose("sw")[0])
+        torch.testing.assert_close(model(**batch, language_ids=ids).logits, doubled, rtol=1e-5, atol=1e-5)
+    assert handle.shift.dose("sw")[0] == pytest.approx(
+        space.shift(F, B, 0.5, **options(intervention)).dose("sw")[0]
+    )
 
 
 @pytest.mark.parametrize("intervention", EVERY)

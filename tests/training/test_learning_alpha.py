@@ -129,7 +129,10 @@ def test_without_it_nothing_is_learnt(make_trainer: Callable[..., ShifConTrainer
 
 
 def test_where_it_makes_no_sense_it_is_refused(
-    load_model: Callable[..., Any], space: LanguageSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    load_model: Callable[..., Any],
+    space: LanguageSpace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     make_trainer: Callable[..., ShifConTrainer],
 ) -> None:
     for settings, message in (
@@ -148,8 +151,9 @@ def test_where_it_makes_no_sense_it_is_refused(
     monkeypatch.setattr(ShifConTrainer, "is_fsdp_enabled", True, raising=False)
     monkeypatch.setattr(ShifConTrainer, "is_deepspeed_enabled", False, raising=False)
     trainer = object.__new__(ShifConTrainer)
-    trainer.handle, trainer.args = attach(model, space, 1, 3), ShifConArguments(
-        str(tmp_path), learn_alpha=True, report_to="none", use_cpu=True
+    trainer.handle, trainer.args = (
+        attach(model, space, 1, 3),
+        ShifConArguments(str(tmp_path), learn_alpha=True, report_to="none", use_cpu=True),
     )
     with pytest.raises(ValueError, match="learn_alpha: not under FSDP or DeepSpeed"):
         trainer._start_alpha()

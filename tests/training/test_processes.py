@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "contrastive_mini_batch_size": 3,
     "gather_across_devices": True,
     "train_sampling_strategy": "sequential",
+    "w_anchor": 0.5,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
