@@ -40,8 +40,8 @@ class EvaluationResult(JsonRecord):
     """Everything that :func:`shifcon_fast.evaluation.evaluate.evaluate` measured.
 
     Attributes:
-        area: forward, backward, alpha, recipe and intervention of the attachment, and ``alphas``, each language's own
-            factor of alpha, where there are any; None for a model that is not attached.
+        area: forward, backward, alpha, recipe and intervention of the attachment, and where languages have factors
+            of alpha of their own, ``alphas``; None for a model that is not attached.
         retrieval, perplexity: by mode; ``shifted`` is there only for an attached model. Empty without
         parallel text. outcomes: one for every question to be answered freely; shifted where the model is attached.
         Empty without such questions. multiple_choice: by mode, one for every question with choices.

@@ -186,9 +186,9 @@ class ShiftHandle:
     def learn_alpha(self) -> nn.Parameter:
         """Make α of each language a parameter of the model: (K,) float32 factors of :attr:`alpha`, 1 at first.
 
-        Give it to the optimizer with a learning rate of its own, larger than the adapters', and without weight decay;
-        ``ShifConTrainer`` does with ``learn_alpha=True``. Gradients are exact, in mixed batches too. :attr:`shift` has
-        the factors, with which it is saved, loaded and exported.
+        Give it to the optimizer with a learning rate of its own, larger than the adapters', without weight decay;
+        ``ShifConTrainer`` does with ``learn_alpha=True``. Gradients are exact, in mixed batches too. :attr:`shift`
+        has the factors, and is saved, loaded and exported with them.
 
         Raises:
             ValueError: shifts of several adapters, or an alpha of 0.

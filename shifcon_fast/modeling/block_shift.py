@@ -67,7 +67,7 @@ def put_shift(block: nn.Module, table: Tensor, map_: Map | None) -> None:
 
 
 def learn_factors(blocks: Iterable[nn.Module], factors: nn.Parameter | None) -> None:
-    """Scale what blocks do to their inputs by a parameter of all of them, one factor for each language; None ends it.
+    """Scale what blocks do to their inputs by one parameter, a factor for each language; None ends it.
 
     A table is multiplied before the norm's operator takes it, whose gradient in its rows is summed in float32: that
     in the factor of a language is its product with the row.
@@ -131,10 +131,11 @@ def mapped(block: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
     learnt = block._parameters.get(FACTORS)
     factors = None if learnt is None else learnt.to(x.device)
     if _PREFIX + "basis" in buffers:
-        if _DOSE in buffers:
-            factors = buffers[_DOSE] if factors is None else factors * buffers[_DOSE]
         how: Projection = block.__dict__[_HOW]
-        return _projected(x, ids, buffers[_PREFIX + "mean"], buffers[_PREFIX + "basis"], how, factors)
+        alpha = buffers.get(_DOSE, how.alpha)
+        mean, basis = (buffers[_PREFIX + name] for name in _PROJECTION)
+        alpha = alpha if factors is None else factors * alpha
+        return _projected(x, ids, ProjectionTables(mean, basis, how.pivot, how.toward, alpha))
     tables = MapTables(buffers[SHIFT_TABLE], *(buffers[_PREFIX + name] for name in _MAP))
     if ids.dim() == 1:
         return _where_said(ids, _moved(x, ids, tables, factors), x)
@@ -169,21 +170,17 @@ def _moved(x: Tensor, ids: Tensor, tables: MapTables, factors: Tensor | None) ->
     return (h + displacement).to(x.dtype)
 
 
-def _projected(
-    x: Tensor, ids: Tensor, mean: Tensor, basis: Tensor, how: Projection, factors: Tensor | None
-) -> Tensor:
-    pivot = torch.where(ids < 0, -1, how.pivot)
-    source, target = (ids, pivot) if how.toward else (pivot, ids)
-    projected = ops.subspace_project(x, mean, basis, source, target)
-    if factors is None and how.alpha == 1:
+def _projected(x: Tensor, ids: Tensor, tables: ProjectionTables) -> Tensor:
+    pivot = torch.where(ids < 0, -1, tables.pivot)
+    source, target = (ids, pivot) if tables.toward else (pivot, ids)
+    projected = ops.subspace_project(x, tables.mean, tables.basis, source, target)
+    alpha = tables.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha[ids.clamp(min=0)]
+        alpha = alpha.view(*alpha.shape, *[1] * (3 - alpha.dim()))
+    elif alpha == 1:
         return projected
-    h = x.float()
-    if factors is None:
-        partly = torch.lerp(h, projected.float(), how.alpha)
-    else:
-        alpha = how.alpha * factors[ids.clamp(min=0)]
-        partly = torch.lerp(h, projected.float(), alpha.view(*alpha.shape, *[1] * (3 - alpha.dim())))
-    return _where_said(ids, partly.to(x.dtype), x)
+    return _where_said(ids, torch.lerp(x.float(), projected.float(), alpha).to(x.dtype), x)
 
 
 def _where_said(ids: Tensor, moved: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """α as a parameter: a factor for each language, that training finds together with the adapters.
 
-With a_l the factor of language l, rows of l are moved by α a_l times what they were moved by, at f and at b alike. a is
+With a_l the factor of language l, rows of l are moved by α a_l times the displacement, at f and at b alike. a is
 one parameter of both blocks, (K,) float32, that begins at 1 or where an earlier run has left it.
 """
 
@@ -34,8 +34,8 @@ def start_learning(decoder: Decoder, attachment: Attachment) -> nn.Parameter:
         return known
     if len(attachment.shifts) > 1:
         raise ValueError(
-            f"learn_alpha: the adapters {', '.join(map(repr, attachment.shifts))} have a shift each; wanted a model "
-            "with one"
+            f"learn_alpha: the adapters {', '.join(map(repr, attachment.shifts))} have a shift each; wanted a "
+            "model with one"
         )
     ((adapter, shift),) = attachment.shifts.items()
     if not shift.alpha:

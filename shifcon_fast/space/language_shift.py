@@ -41,8 +41,8 @@ class LanguageShift:
         median_norm: (2, K) float32, median ‖h‖ of the languages' content tokens at f and b.
         num_boundaries: L, one for each block of the model.
         alpha: length of the shift, in language vector differences; finite.
-        alphas: (K,) float32, finite: each language's own factor of ``alpha``, as ``learn_alpha`` finds them; None is
-            1 for all.
+        alphas: (K,) float32, finite: each language's own factor of ``alpha``, as ``learn_alpha`` finds them; None
+            is 1 for all.
         recipe: ``"stable"`` adds the vectors of boundary k at boundary k. ``"official"`` adds those of boundaries
             f and b at f−1 and b−1, as the authors' code does.
         provenance: JSON-able: where the vectors are from. ``model`` (with its ``fingerprint``), ``tokenizer``
@@ -264,9 +264,9 @@ def dose_warning(shift: LanguageShift) -> str | None:
     dose, language, boundary = max(high)
     affected = list(dict.fromkeys(each[1] for each in high))
     return (
-        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = {shift.alpha_of(language):g}; {language} at "
-        f"boundary {boundary}: {dose:.1f} times the median norm). Answers are known to collapse above 1: lower "
-        "alpha, or take another area."
+        f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = "
+        f"{shift.alpha_of(language):g}; {language} at boundary {boundary}: {dose:.1f} times the median norm). "
+        "Answers are known to collapse above 1: lower alpha, or take another area."
     )
 
 

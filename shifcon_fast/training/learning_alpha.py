@@ -15,7 +15,7 @@ from shifcon_fast.training.shift_file import read_shift
 
 
 class AlphaTrainer:
-    """Mixin of trainers: α of each language is trained with the adapters, where the arguments or the handle say so."""
+    """Mixin of trainers: α of each language is trained too, where the arguments or the handle say so."""
 
     args: ShifConArguments
     handle: ShiftHandle | None

@@ -1,4 +1,4 @@
-"""Losses that keep the pivot language where it is: replay of its sentences, distillation from the base model, anchoring.
+"""Losses that keep the pivot language where it is: replay, distillation from the base model, anchoring.
 
 Over the pivot sentences of a contrastive batch, every token after the first:
 
@@ -10,8 +10,8 @@ at the boundaries k = f and b of the area, with r(s, k) the unshifted representa
 
     L_anchor       = mean of ‖r(s, k) - r_base(s, k)‖² / ‖r_base(s, k)‖²
 
-(as REPINA, Razdaibiedina et al. 2023, arXiv 2205.11603, keeps representations while it fine-tunes). Each sentence is
-divided by its own norm, so that the loss of a step is the same however its sentences are spread over batches and
+(as REPINA, Razdaibiedina et al. 2022, arXiv 2205.11603, keeps representations while it fine-tunes). Each sentence
+is divided by its own norm, so that the loss of a step is the same however its sentences are spread over batches and
 processes. It takes r from the contrastive pass where that passes the pivot unshifted.
 """
 

@@ -194,6 +194,18 @@ def same_as_alone(together: Path, engine: str, wrapper: str, alone: Any) -> None
         torch.testing.assert_close(parameter, weights[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_alpha_is_learnt_from_the_rows_of_all(
+    together: Path, make_trainer: Callable[..., ShifConTrainer], instructions: list[Instruction]
+) -> None:
+    settings = {**SETTINGS, **ALONE, "learn_alpha": True, "max_steps": 1}
+    trainer = make_trainer(train_dataset=instructions[:16], callbacks=[recorder := Recorder()], **settings)
+    trainer.train()
+    (gradient,) = (each for name, each in recorder.gradients.items() if "alphas" in name)
+    found = read(together, "alpha")
+    assert found["gradient"] == pytest.approx(gradient.tolist(), rel=1e-4, abs=1e-6)
+    assert found["alphas"] == pytest.approx(trainer.handle.shift.alphas_by_language)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_resumed_run_goes_on_exactly(engine: str, together: Path) -> None:
     goes_on_exactly(together, engine)
@@ -232,6 +244,7 @@ def test_processes_with_unequal_numbers_of_pairs(together: Path) -> None:
         ("version", "fsdp_version: got 1; wanted 2"),
         ("checkpointing", "fsdp_activation_checkpointing: .* without their shift"),
         ("ram", "fsdp_cpu_ram_efficient_loading: .* have no weights"),
+        ("alpha", "learn_alpha: not under FSDP or DeepSpeed"),
         ("bytes", r"4-bit weight .* is stored as torch.uint8, .* quant_storage"),
     ],
 )

@@ -108,6 +108,16 @@ def train(name: str, **settings: Any) -> None:
         save_file({key: each.contiguous() for key, each in recorder.gradients.items()}, FOLDER / f"{name}.st")
 
 
+def learnt_alpha() -> None:
+    """A step that learns alpha: rows of a language may be with one process alone."""
+    recorder = Recorder()
+    trainer = make("alpha", callbacks=[recorder], learn_alpha=True, max_steps=1)
+    trainer.train()
+    assert trainer.handle is not None
+    (found,) = (each for name, each in recorder.gradients.items() if "alphas" in name)
+    write("alpha", {"gradient": found.tolist(), "alphas": trainer.handle.shift.alphas_by_language})
+
+
 def unequal_numbers_of_pairs() -> None:
     """Five pairs of one process and two of the other, contrasted with each other."""
     model = load()
@@ -159,10 +169,12 @@ def refusals() -> None:
         "checkpointing": ({"activation_checkpointing": True}, {}),
         "ram": ({"cpu_ram_efficient_loading": True}, {}),
         "bytes": ({}, {"quantization": "nf4", "quant_storage": torch.uint8}),
+        "alpha": ({}, {}),
     }
     for name, (fsdp, model) in cases.items():
+        learns = {"learn_alpha": True} if name == "alpha" else {}
         try:
-            make(name, load(**model), fsdp=True, fsdp_config=fsdp).train()
+            make(name, load(**model), fsdp=True, fsdp_config=fsdp, **learns).train()
         except ValueError as error:
             found[name] = str(error)
     write("refused", found)
@@ -260,6 +272,7 @@ if __name__ == "__main__":
             deepspeed(stage)
     else:
         train("ddp")
+        learnt_alpha()
         unequal_numbers_of_pairs()
         interrupted()
         train("fsdp", fsdp=True)
