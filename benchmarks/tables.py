@@ -396,6 +396,17 @@ TABLES: dict[str, Callable[[Path], str]] = {
             "Estimation ÷ bare passes": share("bare forward passes"),
         },
     ),
+    "interventions": Listing(
+        "*/interventions.json",
+        {
+            "Case": lambda row: row["case"],
+            "Subspaces": lambda row: f"{duration(row['ms'])} ({row['backend']})",
+            "… ÷ the reference backend": share("reference"),
+            "… ÷ the mean shift": share("mean shift"),
+            "… ÷ `affine`": share("affine"),
+            "… ÷ no shift": share("shift off"),
+        },
+    ),
     "step on a CPU": Listing("*/step*.json", _STEP, rows=step_rows, wanted=on_cpu),
     "step on a GPU": Listing("*/step*.json", _STEP, rows=step_rows, wanted=on_cuda),
     "loss without logits": Listing("chunked_loss/*.json", _LOSS, rows=loss_ways, about=machine),

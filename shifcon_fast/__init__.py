@@ -12,6 +12,7 @@ from shifcon_fast.version import __version__
 
 if TYPE_CHECKING:
     from shifcon_fast import ops as ops
+    from shifcon_fast.data.translation_tasks import translation_instructions as translation_instructions
     from shifcon_fast.evaluation.sweep import sweep_area as sweep_area
     from shifcon_fast.lm_eval_model import ShifConLM as ShifConLM
     from shifcon_fast.modeling.attach import attach as attach
@@ -42,6 +43,7 @@ _HOME = {
     "mcl_loss": "shifcon_fast.objective.mcl",
     "recommend_area": "shifcon_fast.space.area",
     "sweep_area": "shifcon_fast.evaluation.sweep",
+    "translation_instructions": "shifcon_fast.data.translation_tasks",
 }
 
 __all__ = ["__version__", "ops", *sorted(_HOME)]  # noqa: PLE0604 - the names are strings

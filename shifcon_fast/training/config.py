@@ -45,6 +45,19 @@ class RunConfig:
         default=False,
         metadata={"help": "Drop parallel rows in which a language is missing (null, NaN or blank)."},
     )
+    translation_instructions: int = field(
+        default=0,
+        metadata={
+            "help": "Add so many translations of `parallel` as instructions (the fair baseline, as QAlign)."
+        },
+    )
+    translation_directions: str = field(
+        default="both", metadata={"help": "Of those: both, to_pivot or from_pivot."}
+    )
+    translation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of those: languages are drawn by their rows to the power of 1/temperature."},
+    )
     quantization: str = field(default="nf4", metadata={"help": "nf4 (4-bit) or none."})
     dtype: str = field(
         default="auto",

@@ -11,6 +11,7 @@ from transformers import set_seed
 from shifcon_fast.data.instructions import read_instructions
 from shifcon_fast.data.languages import find_language
 from shifcon_fast.data.parallel import find_pivot, read_parallel
+from shifcon_fast.data.translation_tasks import translation_instructions
 from shifcon_fast.evaluation.result import FILE_NAME
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.opening import load_tokenizer
@@ -38,6 +39,17 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
     parallel = read_parallel(run.parallel, languages=run.languages, allow_missing=run.allow_missing)
     instructions = read_instructions(run.instructions, arguments.language_column)
     find_pivot(arguments.pivot, parallel, run.parallel)
+    if run.translation_instructions:
+        instructions += translation_instructions(
+            run.parallel if run.allow_missing else parallel,
+            run.translation_instructions,
+            pivot=arguments.pivot,
+            languages=run.languages,
+            directions=run.translation_directions,  # type: ignore[arg-type]
+            temperature=run.translation_temperature,
+            allow_missing=run.allow_missing,
+            seed=arguments.seed,
+        )
     own = output / PROFILE  # where no space is given
     start_from = run.space or (own if resume and (own / space_folder.CARD).is_file() else None)
     space = LanguageSpace.load(start_from) if start_from else None

@@ -226,6 +226,7 @@ def test_every_suite_runs_in_small(tmp_path: Path) -> None:
         "step",
         "step_gemma3",
         "models",
+        "interventions",
         "check",
         "check_avx2",
     } == records.keys()
