@@ -117,6 +117,7 @@ def estimate_space(
         batch_means=official,
     )
     batches = list(_batches(tokens, batch_size, sort=not official))
+    filler, device = padding_id(tokenizer, embedding_rows(decoder.module)), _input_device(decoder.module)
     ranges = accumulator.ranges(wanted, memory_bytes=memory_gib * 2**30)
 
     total = sum(len(texts) for texts in tokens.values())
@@ -128,7 +129,12 @@ def estimate_space(
         for selected in ranges:
             with accumulator.boundary_range(selected):
                 for batch in batches:
-                    _add_batch(model, tokenizer, accumulator, batch, boundaries=selected, official=official)
+                    input_ids, attention_mask = _pad(batch.token_ids, filler, device)
+                    candidates = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
+                    found = _look_at(
+                        model, input_ids, attention_mask, candidates, boundaries=selected, official=official
+                    )
+                    accumulator.update(batch.language, batch.positions, **found)
                     bar.update(len(batch.positions))
                 bar.set_postfix_str(f"boundaries {selected[0]}–{selected[-1]}")
 
@@ -241,19 +247,16 @@ def _batches(tokens: Mapping[str, list[list[int]]], size: int, *, sort: bool) ->
             yield _Batch(language, chosen, [sentences[position] for position in chosen])
 
 
-def _add_batch(
+def _look_at(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    accumulator: SpaceAccumulator,
-    batch: _Batch,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    candidates: Tensor,
     *,
     boundaries: Sequence[int],
     official: bool,
-) -> None:
-    input_ids, attention_mask = _pad(
-        batch.token_ids, tokenizer, embedding_rows(locate_decoder(model).module), _input_device(model)
-    )
-    candidates = content_mask(input_ids, attention_mask, tokenizer.all_special_ids)
+) -> dict[str, Tensor]:
+    """What :meth:`.SpaceAccumulator.update` wants to know of a batch; candidates: (B, T), see ``content_mask``."""
     found: dict[str, list[Tensor]] = {
         name: [] for name in ("representations", "square_norms", "tokens", "median_norms", "sink_shares")
     }
@@ -262,18 +265,20 @@ def _add_batch(
         device = hidden_states.device
         attended = attention_mask.to(device) != 0
         content, medians, norms = ordinary_tokens(hidden_states, candidates.to(device))
-        pooled = attended if official else content
-        means = ops.masked_mean_pool(hidden_states, pooled, normalize=official).float()
+        means = ops.masked_mean_pool(hidden_states, content).float()
+        sinks = attended & ~content
+        found["sink_shares"].append(
+            _sink_share(ops.masked_mean_pool(hidden_states, sinks), sinks, means, content)
+        )
+        if official:
+            means = ops.masked_mean_pool(hidden_states, attended, normalize=True).float()
         found["representations"].append(means)
         found["square_norms"].append((norms.square() * content).sum())
         found["tokens"].append(content.sum())
         found["median_norms"].append(medians)
-        found["sink_shares"].append(_sink_share(hidden_states, attended, content))
 
     visit_boundaries(model, input_ids, attention_mask, boundaries, visit)
-    accumulator.update(
-        batch.language, batch.positions, **{name: _gather(each) for name, each in found.items()}
-    )
+    return {name: _gather(each) for name, each in found.items()}
 
 
 def _gather(values: Sequence[Tensor]) -> Tensor:
@@ -281,29 +286,25 @@ def _gather(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.cpu() for value in values])
 
 
-def _sink_share(hidden_states: Tensor, attended: Tensor, content: Tensor) -> Tensor:
-    """(B,) ‖Σ h left out‖ / (‖Σ h left out‖ + ‖Σ h content‖): what a plain mean would be made of."""
-    left_out = attended & ~content
-    # masked_mean_pool never reads what lies under the mask; the mean times the count is the sum.
+def _sink_share(left_out: Tensor, left_out_mask: Tensor, content: Tensor, content_mask: Tensor) -> Tensor:
+    """(B,) ‖Σ h left out‖ / (‖Σ h left out‖ + ‖Σ h content‖), from means (B, d): what a plain mean is made of."""
+    # The mean times the count is the sum, of which nothing under the mask was read.
     sinks, rest = (
-        ops.masked_mean_pool(hidden_states, mask).norm(dim=-1) * mask.sum(1) for mask in (left_out, content)
+        mean.norm(dim=-1) * mask.sum(1) for mean, mask in ((left_out, left_out_mask), (content, content_mask))
     )
     return sinks / (sinks + rest).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _pad(
-    sentences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _pad(sentences: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T) token ids and attention mask, padded on the right: positions then count from 0 in every model."""
-    filler = padding_id(tokenizer, rows)
     longest = max(map(len, sentences))
     input_ids = torch.tensor([[*ids, *[filler] * (longest - len(ids))] for ids in sentences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])
     return input_ids.to(device), mask.to(device)
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    parameter: Tensor = next(locate_decoder(model).module.get_input_embeddings().parameters())  # type: ignore[operator]
+def _input_device(decoder: nn.Module) -> torch.device:
+    parameter: Tensor = next(decoder.get_input_embeddings().parameters())  # type: ignore[operator]
     return parameter.device
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from shifcon_fast.space.subspace import (
     check_truncation,
     common_ridge,
     equal_rank,
-    principal_subspace,
-    subspace_distance,
+    principal_subspaces,
+    subspace_distances,
 )
 
+_Key = TypeVar("_Key")
 _FLOAT32_BYTES = 4
+_REDUCED_AT_ONCE = 2**23
+"""Bytes of float64 representations, whose subspaces are fitted at once."""
 
 
 class SpaceAccumulator:
@@ -207,51 +210,68 @@ class SpaceAccumulator:
                 count = self._counts[language]
                 self._median_norm[boundary, position] = sums.median_norms[language][i] / count
                 self._sink_share[boundary, position] = sums.sink_shares[language][i] / count
-            if self._subspaces:
-                self._reduce_subspaces(
-                    boundary, {language: sums.matrices[language][i] for language in self._languages}
-                )
+        per_boundary = sum(self._counts.values()) * self._hidden_size * 8
+        step = max(1, _REDUCED_AT_ONCE // per_boundary)
+        for start in range(0, len(sums.boundaries) if self._subspaces else 0, step):
+            part = slice(start, start + step)
+            matrices = {language: sums.matrices[language][part] for language in self._languages}
+            self._reduce_subspaces(sums.boundaries[part], matrices)
 
-    def _reduce_subspaces(self, boundary: int, matrices: Mapping[str, Tensor]) -> None:
-        """Subspaces, ridge, floors and split distances of one boundary from (n, d) representations."""
-
-        def fit(x: Tensor) -> Subspace:
-            return principal_subspace(x, rank=self._rank, variance=self._variance or 1.0)
-
-        subspaces = {language: fit(x) for language, x in matrices.items()}
-        ridge = common_ridge(subspaces.values())
-        self._ridge[boundary] = ridge
-        for language, subspace in subspaces.items():
-            self._bases[boundary, language] = subspace.basis.float()
-            self._variances[boundary, language] = subspace.variances.float()
-        self._covariances |= {
-            (boundary, language): covariance
-            for language, covariance in _covariances(matrices, subspaces, self._pivot).items()
-        }
-
-        if self._router_weight is not None and self._router_bias is not None:
-            router = fit_router(list(matrices.values()))
-            self._router_weight[boundary], self._router_bias[boundary] = router.weight, router.bias
-
+    def _reduce_subspaces(self, boundaries: Sequence[int], matrices: Mapping[str, Tensor]) -> None:
+        """Subspaces, ridge, floors and split distances of b boundaries from (b, n, d) representations."""
+        halved = {language: x for language, x in matrices.items() if x.shape[1] >= 4}
         halves = {
-            language: tuple(fit(x[half]) for half in split_halves(x.shape[0]))
-            for language, x in matrices.items()
-            if x.shape[0] >= 4
+            (language, which): x[:, half]
+            for language, x in halved.items()
+            for which, half in enumerate(split_halves(x.shape[1]))
         }
-        for position, language in enumerate(self._languages):
-            if language == self._pivot:
-                self._split_distances[boundary, position] = 0.0
-            if language not in halves:
-                continue
-            first, second = halves[language]
-            self._floors[boundary, position] = subspace_distance(first, second, ridge)
-            if language != self._pivot and self._pivot in halves:
-                pivot_first, pivot_second = halves[self._pivot]
-                crossed = (
-                    subspace_distance(first, pivot_second, ridge),
-                    subspace_distance(second, pivot_first, ridge),
-                )
-                self._split_distances[boundary, position] = sum(crossed) / 2
+        subspaces, half_subspaces = self._fit(matrices), self._fit(halves)
+        ridges: list[float] = []
+        distances: list[tuple[tuple[str, int], tuple[str, int], int]] = []  # of two halves at a boundary
+        for i, boundary in enumerate(boundaries):
+            here = {language: each[i] for language, each in subspaces.items()}
+            ridges.append(common_ridge(here.values()))
+            self._ridge[boundary] = ridges[i]
+            for language, subspace in here.items():
+                self._bases[boundary, language] = subspace.basis.float()
+                self._variances[boundary, language] = subspace.variances.float()
+            rows = {language: x[i] for language, x in matrices.items()}
+            covariances = _covariances(rows, here, self._pivot)
+            self._covariances |= {(boundary, language): each for language, each in covariances.items()}
+            if self._router_weight is not None and self._router_bias is not None:
+                router = fit_router(list(rows.values()))
+                self._router_weight[boundary], self._router_bias[boundary] = router.weight, router.bias
+            for language in halved:
+                distances.append(((language, 0), (language, 1), i))
+                if language != self._pivot and self._pivot in halved:
+                    distances += [((language, which), (self._pivot, 1 - which), i) for which in (0, 1)]
+
+        pairs = [(half_subspaces[first][i], half_subspaces[second][i]) for first, second, i in distances]
+        found = dict(
+            zip(distances, subspace_distances(pairs, [ridges[i] for *_, i in distances]), strict=True)
+        )
+        for i, boundary in enumerate(boundaries):
+            for position, language in enumerate(self._languages):
+                if language == self._pivot:
+                    self._split_distances[boundary, position] = 0.0
+                if language not in halved:
+                    continue
+                self._floors[boundary, position] = found[(language, 0), (language, 1), i]
+                if language != self._pivot and self._pivot in halved:
+                    crossed = (found[(language, which), (self._pivot, 1 - which), i] for which in (0, 1))
+                    self._split_distances[boundary, position] = sum(crossed) / 2
+
+    def _fit(self, matrices: Mapping[_Key, Tensor]) -> dict[_Key, list[Subspace]]:
+        """The subspaces of (b, n, d) representations, b of each; those of as many sentences at once."""
+        alike: dict[int, list[_Key]] = {}
+        for key, x in matrices.items():
+            alike.setdefault(x.shape[1], []).append(key)
+        found: dict[_Key, list[Subspace]] = {}
+        for keys in alike.values():
+            x = torch.cat([matrices[key] for key in keys])
+            fitted = iter(principal_subspaces(x, rank=self._rank, variance=self._variance or 1.0))
+            found |= {key: [next(fitted) for _ in matrices[key]] for key in keys}
+        return found
 
 
 def _covariances(

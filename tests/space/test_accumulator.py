@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shifcon_fast.space import accumulator
 from shifcon_fast.space.accumulator import SpaceAccumulator, split_halves
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.subspace import common_ridge, principal_subspace, subspace_distance
@@ -92,7 +93,11 @@ def test_means_norms_and_sink_shares_are_the_float64_averages() -> None:
     assert space.mean_gap(1, "sw") == pytest.approx(float(shift), rel=1e-6)
 
 
-def test_subspaces_distances_and_floors_are_those_of_the_whole_matrices() -> None:
+@pytest.mark.parametrize("at_once", [1, accumulator._REDUCED_AT_ONCE])
+def test_subspaces_distances_and_floors_are_those_of_the_whole_matrices(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulator, "_REDUCED_AT_ONCE", at_once)
     data = representations()
     space = estimate(data, variance=0.8)
     for k in range(BOUNDARIES):

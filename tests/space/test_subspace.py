@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shifcon_fast.space.subspace import Subspace, common_ridge, principal_subspace, subspace_distance
+from shifcon_fast.space.subspace import (
+    Subspace,
+    common_ridge,
+    principal_subspace,
+    principal_subspaces,
+    subspace_distance,
+    subspace_distances,
+)
 
 
 def anisotropic(n: int, d: int, seed: int = 0) -> Tensor:
@@ -163,3 +170,23 @@ def test_distance_refuses_another_hidden_size_and_a_ridge_that_is_none() -> None
         subspace_distance(random_subspace(8, 2, 0), random_subspace(8, 2, 1), 0.0)
     with pytest.raises(ValueError, match="subspaces: got none"):
         common_ridge([])
+
+
+def test_many_at_once_are_each_alone() -> None:
+    # Sets of different ranks: full, of three points, of one point.
+    x = torch.stack([anisotropic(10, 16, seed) for seed in range(4)])
+    x[1] = torch.cat([x[1, :3]] * 4)[:10]
+    x[2] = 1.0
+    for arguments in ({"rank": 5}, {"variance": 0.7}, {"variance": 0.9}):
+        together = principal_subspaces(x, **arguments)
+        alone = [principal_subspace(each, **arguments) for each in x]
+        for one, other in zip(together, alone, strict=True):
+            assert one.rank == other.rank
+            assert one.discarded == pytest.approx(other.discarded, rel=1e-9, abs=1e-12)
+            torch.testing.assert_close(one.basis, other.basis, rtol=0, atol=1e-9)
+            torch.testing.assert_close(one.variances, other.variances, rtol=1e-9, atol=1e-12)
+        assert together[2].rank == 0
+        pairs = [(a, b) for a in together for b in together]
+        ridges = [0.1 + 0.01 * index for index in range(len(pairs))]
+        expected = [subspace_distance(*pair, ridge) for pair, ridge in zip(pairs, ridges, strict=True)]
+        assert subspace_distances(pairs, ridges) == pytest.approx(expected, rel=1e-9, abs=1e-9)
