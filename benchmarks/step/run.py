@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ceilings
 from model import build
+from products import other_products
 from shapes import SIZES
 from timing import Timing
 from variants import VARIANTS, Batch, make_batch, make_space
@@ -90,7 +90,7 @@ class Runner:
             norm = torch.stack(
                 [p.grad.norm() for g in self.optimizer.param_groups for p in g["params"]]
             ).norm()
-            with FlopCounterMode(display=False, custom_mapping=_quantised_products()) as counted:
+            with FlopCounterMode(display=False, custom_mapping=other_products()) as counted:
                 step()
             return {
                 "loss": loss,
@@ -140,16 +140,6 @@ class Runner:
             ]
 
         return self.with_step(variant, use)
-
-
-def _quantised_products() -> dict[Any, Callable[..., int]]:
-    """How the flop counter counts bitsandbytes' product with a 4-bit weight, where it is an operator (≥ 0.50)."""
-    operator = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
-
-    def count(a: Any, packed: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(a) * weight[0]  # a (…, K), weight (N, K)
-
-    return {} if operator is None else {operator: count}
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow("runs a benchmark")
@@ -76,6 +80,29 @@ def test_operations_are_counted(record: dict[str, Any]) -> None:
     assert flops["ours"] < flops["ours, contrastive pass not cut"]
     assert flops["ours"] == flops["ours, transformers' norms"]
     assert flops["ours"] < flops["ours, sentences padded"]
+
+
+def test_products_of_a_loss_from_hidden_states_are_counted() -> None:
+    """One with the head and, where the gradients of hidden states or head are wanted, one for each."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("torch < 2.13 has no such loss")
+    spec = importlib.util.spec_from_file_location("products", SCRIPT.with_name("products.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    products = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(products)
+    targets = torch.randint(32, (10,))
+    for wanted in ((False, False), (True, False), (True, True)):
+        hidden, weight = (
+            torch.randn(size).requires_grad_(needed)
+            for size, needed in zip(((10, 8), (32, 8)), wanted, strict=True)
+        )
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4)
+        with FlopCounterMode(display=False, custom_mapping=products.other_products()) as counted:
+            loss = functional.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+            if any(wanted):
+                loss.backward()
+        assert counted.get_total_flops() == (1 + sum(wanted)) * 2 * 10 * 8 * 32, wanted
 
 
 def test_contributions_are_differences(record: dict[str, Any]) -> None:
