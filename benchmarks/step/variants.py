@@ -8,6 +8,7 @@ Language vectors are fixed: following the model is left out on both sides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _attached(
             rows = torch.arange(batch.generation.shape[0], device=batch.generation.device)
             ids = 1 + rows % languages
             weights = [weight for weight in model.parameters() if weight.requires_grad]
-            without_logits = LossWithoutLogits(model.get_base_model())
+            without_logits = _loss_without_logits(model.get_base_model())
 
             def generate() -> Tensor:
                 inputs = {"input_ids": batch.generation, "labels": batch.generation, "use_cache": False}
@@ -195,6 +196,12 @@ def _attached(
             yield loss
 
     return variant
+
+
+@functools.cache
+def _loss_without_logits(model: Any) -> LossWithoutLogits:
+    """One for all steps of a model, as a run has: it tries its first batch against the model's own logits."""
+    return LossWithoutLogits(model)
 
 
 def _nothing(module: Any, arguments: Any, output: Any) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shifcon_fast.notices import warn_once
+from shifcon_fast.training.learnt_tokens import Runs
 from shifcon_fast.training.liger import liger_problem
 
 Way = Literal["liger", "torch", "autograd"]
@@ -74,7 +75,11 @@ class HeadLoss(NamedTuple):
 
 
 def chunked_cross_entropy(
-    head: nn.Module, hidden: Tensor, targets: Tensor, groups: Tensor | None = None, finish: Finish = NOTHING
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    groups: Tensor | Runs | None = None,
+    finish: Finish = NOTHING,
 ) -> HeadLoss:
     """The summed loss of tokens, and that of each token or of each group.
 
@@ -82,28 +87,30 @@ def chunked_cross_entropy(
         head: the LM head, (…, d) → (…, V).
         hidden: (n, d), of learnt tokens.
         targets: (n,) int64, what each is to predict.
-        groups: (n,) integers; losses are summed by them where those of tokens are not known.
+        groups: (n,) integers; losses are summed by them where those of tokens are not known. They are counted
+            first, which waits for the device; of tokens that lie group by group :class:`.Runs` say it without.
         finish: what the model does to the logits.
     """
     gradients = torch.is_grad_enabled() and hidden.requires_grad
-    sizes = None
-    if groups is not None and gradients:
-        order = groups.argsort(stable=True)
-        groups, counts = torch.unique_consecutive(groups[order], return_counts=True)
-        sizes = counts.tolist()
+    runs, order = groups if isinstance(groups, Runs) else None, None
+    if isinstance(groups, Tensor) and gradients:
+        groups, order = groups.sort(stable=True)
+        runs = Runs.of(groups)
     chosen = way(head, hidden, finish) if gradients else "autograd"
-    few = sizes is not None and len(targets) < _TOKENS_OF_A_GROUP * len(sizes)
+    few = runs is not None and len(targets) < _TOKENS_OF_A_GROUP * len(runs.sizes)
     if not len(targets) or (chosen == "torch" and few):
         chosen = "autograd"
     if chosen == "autograd":
         return HeadLoss(*_by_autograd(head, hidden, targets, finish))
     summed = _by_liger if chosen == "liger" else _by_torch
-    if sizes is None:
+    if runs is None:
         total = summed(head, hidden, targets, finish)
         return HeadLoss(total, None)
-    parts = zip(hidden[order].split(sizes), targets[order].split(sizes), strict=True)
+    if order is not None:
+        hidden, targets = hidden[order], targets[order]
+    parts = zip(hidden.split(runs.sizes), targets.split(runs.sizes), strict=True)
     sums = torch.stack([summed(head, part, target, finish) for part, target in parts])
-    return HeadLoss(sums.sum(), None, groups, sums.detach(), counts)
+    return HeadLoss(sums.sum(), None, runs.ids, sums.detach(), runs.counts)
 
 
 def way(head: nn.Module, hidden: Tensor, finish: Finish = NOTHING) -> Way:

@@ -17,6 +17,7 @@ from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.data.prompts import encode_example
 from shifcon_fast.modeling.vocabulary import check_token_ids, padding_id
 from shifcon_fast.training.language_column import place_language_ids
+from shifcon_fast.training.learnt_tokens import with_learnt
 
 logger = logging.getLogger(__name__)
 
@@ -201,12 +202,17 @@ class InstructionCollator:
     Args:
         tokenizer: whose padding token fills up, if the model has a row for it; None fills up with 0.
         embedding_rows: ids that the model has rows for; None takes every id to have one.
+        count_learnt: also count the learnt tokens (:mod:`.learnt_tokens`), so that no device is asked for them. For
+            the trainer, which takes them out again before the model gets the batch.
     """
 
-    def __init__(self, tokenizer: Any, embedding_rows: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, embedding_rows: int | None = None, *, count_learnt: bool = False
+    ) -> None:
+        self._count_learnt = count_learnt
         self._filler = 0 if tokenizer is None else padding_id(tokenizer, embedding_rows)
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ids = [example["input_ids"] for example in examples]
         masks = [
             example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)
@@ -216,4 +222,5 @@ class InstructionCollator:
             "attention_mask": pad_right(masks, 0),
             "labels": pad_right([example["labels"] for example in examples], IGNORED),
         }
-        return {**batch, "language_ids": place_language_ids(examples, tuple(batch["labels"].shape))}
+        batch["language_ids"] = place_language_ids(examples, tuple(batch["labels"].shape))
+        return with_learnt(batch) if self._count_learnt else batch

@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 
 from shifcon_fast.notices import warn_once
 from shifcon_fast.training.language_losses import LanguageLosses, LanguageSums, TokenLosses, token_losses
+from shifcon_fast.training.learnt_tokens import take_learnt
 from shifcon_fast.training.loss_without_logits import (
     LossWithoutLogits,
     loss_without_logits,
@@ -55,11 +56,12 @@ class LanguageLog:
         num_items_in_batch: Any,
     ) -> tuple[Any, Any, TokenLosses | LanguageSums | None]:
         """L_gen of a micro-batch, the model's outputs, and L_gen by token or language for ``language_losses``."""
+        learnt = take_learnt(inputs)
         labels = inputs.get("labels")
         chunked = self._without_logits
         outputs_are_wanted = return_outputs and not self._outputs_are_dropped
         if chunked is not None and labels is not None and not outputs_are_wanted:
-            with chunked.engaged(language_ids if self.args.language_losses else None) as found:
+            with chunked.engaged(language_ids if self.args.language_losses else None, learnt) as found:
                 loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)  # type: ignore[misc]
             if found.problem is None:
                 return loss, outputs, found.losses

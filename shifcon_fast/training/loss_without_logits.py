@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from shifcon_fast.notices import warn_once
 from shifcon_fast.training.chunked_cross_entropy import Finish, HeadLoss, chunked_cross_entropy
 from shifcon_fast.training.language_losses import IGNORED, LanguageSums, TokenLosses
+from shifcon_fast.training.learnt_tokens import LearntTokens
 
 _TRIED = 2  # positions of each row of the first batch
 
@@ -124,13 +125,15 @@ class LossWithoutLogits:
         self._tried = False
 
     @contextmanager
-    def engaged(self, language_ids: Tensor | None) -> Iterator[Found]:
+    def engaged(self, language_ids: Tensor | None, learnt: LearntTokens | None = None) -> Iterator[Found]:
         """Forward passes with labels inside give a loss and no logits; ``problem`` is set where they could not.
 
         Args:
             language_ids: (B,) or (B, T), -1 for no language, to sum the losses by; None wants none.
+            learnt: the learnt tokens of the labels, with or without languages; None counts them here, which waits
+                for the device.
         """
-        forward = _Forward(self._finish, language_ids, tries=not self._tried)
+        forward = _Forward(self._finish, language_ids, learnt, tries=not self._tried)
         head = self._model.get_output_embeddings()
         with ExitStack() as hooks:
             forward.head, forward.hook = head, head.register_forward_pre_hook(forward.take_hidden)
@@ -145,11 +148,14 @@ class LossWithoutLogits:
 class _Forward:
     """The hooks of one forward, and what they pass to each other."""
 
-    def __init__(self, finish: Finish, language_ids: Tensor | None, *, tries: bool) -> None:
+    def __init__(
+        self, finish: Finish, language_ids: Tensor | None, learnt: LearntTokens | None, *, tries: bool
+    ) -> None:
         self.found = Found(problem="the forward of the model did not run as a module")
         self.head: Any = None
         self.hook: Any = None
         self._finish, self._language_ids, self._tries = finish, language_ids, tries
+        self._learnt = learnt
         self._labels: Tensor | None = None
         self._items: Any = None
         self._hidden: Tensor | None = None
@@ -204,29 +210,28 @@ class _Forward:
             return bool(ours.shape == theirs.shape and ((ours - theirs).abs() <= tolerance).all())
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        targets = labels[:, 1:].to(hidden.device)
-        learnt = targets != IGNORED
-        ids = self._language_ids
-        if ids is not None:
-            ids = ids.to(hidden.device)
-            ids = ids[:, None].expand(targets.shape) if ids.dim() == 1 else ids[:, 1:]
-            ids = ids[learnt]
-        loss = chunked_cross_entropy(self.head, hidden[learnt], targets[learnt], ids, self._finish)
-        if ids is not None:
-            self.found.losses = _by_language(loss, learnt)
-        items = learnt.sum() if self._items is None else self._items
+        learnt = self._learnt or LearntTokens.of(labels, self._language_ids)
+        places = learnt.places.to(hidden.device)
+        languages = learnt.languages if self._language_ids is not None else None
+        targets = labels[:, 1:].flatten().to(hidden.device)[places]
+        rows = hidden.flatten(0, 1)[places]
+        loss = chunked_cross_entropy(self.head, rows, targets, languages, self._finish)
+        if self._language_ids is not None:
+            self.found.losses = _by_language(loss, places, labels)
+        items = len(places) if self._items is None else self._items
         return loss.total / (items.to(hidden.device) if isinstance(items, Tensor) else items)
 
 
-def _by_language(loss: HeadLoss, learnt: Tensor) -> TokenLosses | LanguageSums:
+def _by_language(loss: HeadLoss, places: Tensor, labels: Tensor) -> TokenLosses | LanguageSums:
     if loss.nll is None:
         assert loss.groups is not None
         assert loss.sums is not None
         assert loss.counts is not None
         return LanguageSums(loss.groups, loss.sums, loss.counts)
-    nll = torch.zeros(learnt.shape, dtype=torch.float32, device=learnt.device)
-    nll[learnt] = loss.nll.float()
-    return TokenLosses(nll, learnt)
+    targets = labels[:, 1:].to(places.device)
+    nll = torch.zeros(targets.numel(), dtype=torch.float32, device=places.device)
+    nll = nll.index_copy(0, places, loss.nll.float())
+    return TokenLosses(nll.view(targets.shape), targets != IGNORED)
 
 
 def finish_of(config: Any) -> Finish:

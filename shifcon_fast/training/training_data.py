@@ -124,7 +124,12 @@ def read_training_data(
     return TrainingData(
         languages=languages,
         language_id=language_id,
-        collator=InstructionCollator(tokenizer, embedding_rows(model))
+        # Where one process hands batches out, accelerate cuts them up, and what was counted does not fit any more.
+        collator=InstructionCollator(
+            tokenizer,
+            embedding_rows(model),
+            count_learnt=args.accelerator_config.dispatch_batches is not True,
+        )
         if collator is None
         else LanguageCollator(collator),
         train=None if train is None else make(train),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from shifcon_fast.training import chunked_cross_entropy
 from shifcon_fast.training.contrastive_data import ContrastiveSampler
 from shifcon_fast.training.loss_meter import FiniteWatch
 from shifcon_fast.training.trainer import ShifConTrainer
@@ -40,8 +41,12 @@ class ThroughTheDispatcher(TorchDispatchMode):
     ],
     ids=["stable", "ema", "official", "pooled-running", "gradient-caching"],
 )
+@pytest.mark.parametrize("few_tokens", [0, 2**20], ids=["by-language", "by-token"])
 def test_a_step_reads_nothing_from_the_device(
-    make_trainer: Callable[..., ShifConTrainer], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    make_trainer: Callable[..., ShifConTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    few_tokens: int,
 ) -> None:
     """On the meta device a tensor has no values: whoever asks for one (``.item()``, ``.tolist()``, ``.cpu()``,
     ``bool()``, indexing by a mask) fails, as it would have waited on an accelerator."""
@@ -51,7 +56,10 @@ def test_a_step_reads_nothing_from_the_device(
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.to("meta")
     inputs = {name: value.to("meta") for name, value in inputs.items()}
-    trainer._without_logits = None  # the loss of the learnt tokens alone reads how many there are
+    assert trainer._without_logits is not None
+    trainer._without_logits._tried = True  # the first batch alone is compared with the model's own logits
+    monkeypatch.setattr(chunked_cross_entropy, "_TOKENS_OF_A_GROUP", few_tokens)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no meta device
     trainer.current_gradient_accumulation_steps = 1
     monkeypatch.setattr(trainer, "_prepare_inputs", lambda inputs: inputs)
     with pytest.raises((RuntimeError, NotImplementedError)):
