@@ -79,7 +79,6 @@ def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPath
     for arm, seed in (("base", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("shifcon", 1), ("shifcon", 3)):
         known = {"model": MODEL, "arm": arm, "seed": seed, "processor": "one", "training_seconds": 90.0}
         made = evaluation(experiment["stored"], arm, seed)
-        (folder / MODEL).mkdir(exist_ok=True)
         experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
     return folder
 

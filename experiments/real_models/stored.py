@@ -27,6 +27,7 @@ def questions() -> list[Question]:
 def write_run(path: Path, result: EvaluationResult, run: Mapping[str, Any]) -> None:
     """Write an evaluation; ``run`` says which run it is of: model, arm, seed, and what is good to know of it."""
     mode = result.mode
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
         {
