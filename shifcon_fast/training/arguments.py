@@ -291,9 +291,22 @@ class ShifConArguments(TrainingArguments):
             self.report_to = _default_report_to()
         elif "tensorboard" in self.report_to and not is_tensorboard_available():
             raise missing("report_to: tensorboard", "tensorboard", "cli")
+        self._checkpointing_wish = self._read_checkpointing_wish()
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+
+    def _read_checkpointing_wish(self) -> bool | None:
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        given = [getattr(self, name) for name in names if getattr(self, name, None) is not None]
+        if not hasattr(self, names[0]):  # transformers < 5.20, where False is nobody's wish
+            return True if any(given) else None
+        return bool(given[0]) if given else None
+
+    @property
+    def checkpointing_wish(self) -> bool | None:
+        """``gradient_checkpointing`` as it was given; None where it was not, and memory decides."""
+        return self._checkpointing_wish
 
     def _check(self) -> None:
         for name, least in _AT_LEAST.items():

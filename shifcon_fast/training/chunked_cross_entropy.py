@@ -32,7 +32,7 @@ from shifcon_fast.training.liger import liger_problem
 Way = Literal["liger", "torch", "autograd"]
 
 # Logits of a chunk. torch's loss works in place; autograd keeps them, their log probabilities and gradients.
-_IN_PLACE, _KEPT = 2**25, 2**24
+IN_PLACE, _KEPT = 2**25, 2**24
 # With fewer tokens of a group than this, reading the head once for each group costs more than what "torch" saves.
 _TOKENS_OF_A_GROUP = 64
 
@@ -162,7 +162,7 @@ def _by_liger(head: Any, hidden: Tensor, targets: Tensor, finish: Finish) -> Ten
 
 def _by_torch(head: Any, hidden: Tensor, targets: Tensor, finish: Finish) -> Tensor:
     hidden, bias = _scaled(head, hidden, finish)
-    rows = min(len(hidden), max(1, _IN_PLACE // head.weight.shape[0]))
+    rows = min(len(hidden), max(1, IN_PLACE // head.weight.shape[0]))
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return functional.linear_cross_entropy(
         hidden, head.weight, targets, linear_bias=bias, reduction="sum", options=options

@@ -6,6 +6,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
@@ -174,6 +175,11 @@ class InstructionDataset(Dataset[Example]):
     def language_ids(self) -> Sequence[int]:
         """Of each example."""
         return self._language_ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max((end - start for start, end in pairwise(self._ends)), default=0)
 
     def __len__(self) -> int:
         return len(self._language_ids)

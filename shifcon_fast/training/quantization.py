@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from shifcon_fast.notices import warn_once
 from shifcon_fast.storage import cache_root
+from shifcon_fast.training.checkpointing import enable_gradient_checkpointing, enable_unless_it_fits
 from shifcon_fast.training.linear_speed import faster_dtype, has_native_bfloat16, known_speed
 from shifcon_fast.training.nf4_linear import BLOCK
 
@@ -34,7 +35,7 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | None = None,
     quant_storage: torch.dtype | None = None,
 ) -> Any:
     """Load a causal language model with frozen base weights and, if asked for, trainable LoRA adapters.
@@ -54,6 +55,7 @@ def load_quantized(
         device_map: as in ``from_pretrained``; None puts the whole model on this process's CUDA device or the CPU.
         trust_remote_code: run model code that comes with the checkpoint.
         gradient_checkpointing: recompute activations in the backward pass (the non-reentrant kind). Only with lora.
+            None: unless a ``ShifConTrainer`` finds that they fit (:mod:`.checkpointing`).
         quant_storage: dtype in which the bytes of 4-bit weights are kept. FSDP2 shards floating ones alone. None:
             bytes, or ``dtype`` where ``accelerate launch`` says that FSDP will be used.
 
@@ -107,7 +109,9 @@ def load_quantized(
 
     from peft import get_peft_model
 
-    if gradient_checkpointing:
+    if gradient_checkpointing is None:
+        enable_unless_it_fits(model)
+    elif gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return get_peft_model(model, lora).train()
 
@@ -137,15 +141,6 @@ def keep_4bit_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Turn on the non-reentrant kind; the reentrant one loses LoRA gradients unless inputs require them."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers ≥ 5.20
-    if enable is not None:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def nf4_problem(device: torch.device) -> str | None:

@@ -33,13 +33,13 @@ from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.training.checkpointing import enable_gradient_checkpointing
 from shifcon_fast.training.chunked_cross_entropy import chunked_cross_entropy
 from shifcon_fast.training.loss_without_logits import finish_of
 from shifcon_fast.training.nf4_linear import BLOCK, quantise_blocks
 from shifcon_fast.training.quantization import (
     Quantization,
     choose_dtype,
-    enable_gradient_checkpointing,
     read_config,
 )
 

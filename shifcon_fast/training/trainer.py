@@ -23,6 +23,7 @@ from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import attach_for_training
+from shifcon_fast.training.checkpointing import choose_checkpointing
 from shifcon_fast.training.checkpoints import CARD, last_checkpoint
 from shifcon_fast.training.compiling import KeepCompilable
 from shifcon_fast.training.contrastive_data import make_sampler
@@ -412,6 +413,14 @@ class ShifConTrainer(
             )
         if not self.args.w_gen:
             warn_once("w_gen is 0: instructions are passed through the model for the logged loss alone")
+        choose_checkpointing(
+            self.accelerator.unwrap_model(self.model),
+            self.args,
+            longest=getattr(self.train_dataset, "longest", None),
+            backward=self.handle.backward if self.handle and self._sampler and self.args.w_mcl else None,
+            in_chunks=self._without_logits is not None,
+            apart=self._goes_early(self.model),
+        )
         self._watch = FiniteWatch()
         with self._watch_for_interrupts():
             output = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -80,7 +80,7 @@ def plain(head: nn.Module, finish: Finish, hidden: Tensor, targets: Tensor, dtyp
 def test_no_further_from_float64_than_twice_the_plain_loss(
     name: str, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_IN_PLACE", 48 * VOCABULARY)  # several chunks, the last of them smaller
+    monkeypatch.setattr(room, "IN_PLACE", 48 * VOCABULARY)  # several chunks, the last of them smaller
     monkeypatch.setattr(room, "_KEPT", 48 * VOCABULARY)
     monkeypatch.setattr(room, "_TOKENS_OF_A_GROUP", 16)
     head, finish, hidden, targets, groups = case(name, dtype)
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
         hidden = torch.randn(4096, WIDTH).to(dtype).requires_grad_()
         targets = torch.randint(0, VOCABULARY, (4096,))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(room, "_IN_PLACE", 2**13)
+            patch.setattr(room, "IN_PLACE", 2**13)
             patch.setattr(room, "_KEPT", 2**13)
             with Largest() as seen:
                 chunked_cross_entropy(head, hidden, targets, None, finish).total.backward()
