@@ -59,7 +59,9 @@ SUITES = (
     Suite("step", ("test_step.py",), 6, options=("-k", "not gemma3")),
     Suite("step_gemma3", ("test_step.py",), 8, options=("-k", "gemma3"), devices=("cpu",)),
     Suite("models", ("test_models.py",), 1.5),
-    Suite("interventions", ("test_interventions.py",), 2.5, options=("--turn-seconds", "40")),
+    Suite(
+        "interventions", ("test_interventions.py",), 5, ONE_THREAD, ("--turn-seconds", "45", "--cpu-clock")
+    ),
     Suite("check", ("test_ratios.py",), 1.5, ONE_THREAD, CHECK, devices=("cpu",)),
     Suite("check_avx2", ("test_ratios.py",), 1.5, {**ONE_THREAD, **AVX2}, CHECK, devices=("cpu",)),
 )

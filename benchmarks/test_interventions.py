@@ -1,4 +1,4 @@
-"""What another intervention than the mean shift costs, on SmolLM2's shape: a training step, and decoding.
+"""What another intervention than the mean shift costs, on SmolLM2's shape: entering a block, a step, decoding.
 
 "ours" is ``subspace``, x′ = μ_t + V_t V_tᵀ (x - μ_s) through ``ops.subspace_project``, in the backend used here.
 Its peers: the same through the reference backend; the mean shift; a map in plain PyTorch (``affine``); no shift.
@@ -93,6 +93,47 @@ def check_backends(calls: dict[str, Any]) -> str:
     return ours
 
 
+@pytest.mark.parametrize("tokens", [(4, 128), (1, 1)])
+def test_entry(take_turns: Any, device: torch.device, smoke: bool, tokens: tuple[int, int]) -> None:
+    """A shifted block's input and its first norm: forward and backward of a batch, forward of one token."""
+    hidden, rank = (64, 8) if smoke else (576, RANK)
+    trains = tokens != (1, 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*tokens, hidden, generator=generator).to(device).requires_grad_(trains)
+    weight, upper = torch.ones(hidden, device=device), torch.ones(*tokens, hidden, device=device)
+    mean = torch.randn(LANGUAGES, hidden, generator=generator).to(device)
+    basis = (
+        torch.linalg.qr(torch.randn(LANGUAGES, hidden, rank, generator=generator))[0].contiguous().to(device)
+    )
+    table = mean[0] - mean
+    ids = 1 + torch.arange(tokens[0], device=device) % (LANGUAGES - 1)
+    pivot = torch.zeros_like(ids)
+
+    def projected(impl: str) -> Any:
+        return ops.add_shift_rms_norm(ops.subspace_project(x, mean, basis, ids, pivot, impl=impl), weight)
+
+    ways = {
+        "ours": lambda: projected("auto"),
+        "reference": lambda: projected("reference"),
+        "mean shift": lambda: ops.add_shift_rms_norm(x, weight, None, table, ids),
+        "shift off": lambda: ops.add_shift_rms_norm(x, weight),
+    }
+
+    def run(way: Callable[[], Any]) -> Callable[[], Any]:
+        if not trains:
+            return way
+
+        def both() -> Any:
+            return torch.autograd.grad(way(), x, (upper, upper))
+
+        return both
+
+    calls = {name: [run(way)] for name, way in ways.items()}
+    backend = check_backends(calls)
+    what = f"{tokens[0]}x{tokens[1]}, forward and backward" if trains else "one token, forward"
+    take_turns(calls, case=f"the entry of a block, {what}, rank {RANK}", backend=backend, several=20)
+
+
 def test_decoding(take_turns: Any, device: torch.device, smoke: bool) -> None:
     """One row, greedy; every token is moved at f and at b."""
     size = SIZES["tiny" if smoke else "smollm2"]
@@ -147,7 +188,8 @@ def test_step(take_turns: Any, device: torch.device, smoke: bool) -> None:
         return step
 
     calls = peers(model, size.area, 8 if smoke else RANK, call)
-    del calls["shift off"]  # nothing to contrast with: another step, benchmarks/test_step.py has it
+    for name in ("shift off", "affine"):  # another step, which test_step.py has; seconds for little
+        del calls[name]
     backend = check_backends(calls)
     ours, reference = (calls[name][0]() for name in ("ours", "reference"))
     assert abs(ours - reference) < 1e-3 * abs(reference), (ours, reference)

@@ -121,6 +121,7 @@ def sweep_area(
             "intervention: got 'centre', which moves the pivot too; a sweep measures the other languages against "
             "the pivot as it is: attach the model with it, and evaluate"
         )
+    space.check_gives(intervention, (boundary for *area, _ in plan for boundary in area))
     text = _sentences(parallel, space, languages, sentences, allow_missing)
     asked = _questions(questions, list(text), max_questions, allow_missing)
     check_installed(asked)

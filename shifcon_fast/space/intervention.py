@@ -89,6 +89,22 @@ class FittedSubspaces:
     ridge: float
 
 
+def check_fitted(end: FittedSubspaces, pivot: str, intervention: str) -> None:
+    """Refuse a boundary whose subspaces cannot give a map.
+
+    Raises:
+        ValueError: a subspace of rank 0, or no covariances, which older versions did not estimate.
+    """
+    if empty := [code for code, each in end.subspaces.items() if not each.rank]:
+        raise ValueError(
+            f"intervention: {intervention!r} moves along subspaces, and that of {empty[0]!r} has rank 0: the model "
+            "tells its sentences not apart. Estimate the space on more of them"
+        )
+    for code in end.subspaces:
+        if intervention != "subspace" and code != pivot:
+            _covariance(end, code, intervention)
+
+
 def fit_maps(ends: Sequence[FittedSubspaces], pivot: str, intervention: str) -> dict[str, Tensor]:
     """``bases``, ``links`` and ``spread`` of a :class:`.LanguageShift`, whose intervention is a map.
 
@@ -97,16 +113,12 @@ def fit_maps(ends: Sequence[FittedSubspaces], pivot: str, intervention: str) -> 
         pivot, intervention: as for the shift.
 
     Raises:
-        ValueError: a subspace of rank 0, or no covariances, which older versions did not estimate.
+        ValueError: as :func:`check_fitted`.
     """
+    for end in ends:
+        check_fitted(end, pivot, intervention)
     languages = list(ends[0].subspaces)
-    ranks = {(code, at): end.subspaces[code].rank for at, end in enumerate(ends) for code in languages}
-    if empty := [code for (code, _), rank in ranks.items() if not rank]:
-        raise ValueError(
-            f"intervention: {intervention!r} moves along subspaces, and that of {empty[0]!r} has rank 0: the model "
-            "tells its sentences not apart. Estimate the space on more of them"
-        )
-    rank = max(ranks.values())
+    rank = max(each.rank for end in ends for each in end.subspaces.values())
     bases = [_same_rank([each.basis for each in end.subspaces.values()], rank) for end in ends]
     links, spread = torch.zeros(2, len(languages), rank, rank), torch.zeros(2, len(languages))
     for at, end in enumerate(ends):

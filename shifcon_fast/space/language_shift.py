@@ -116,6 +116,8 @@ class LanguageShift:
         check_intervention(self.intervention)
         if unknown := [code for code in self.targets if code not in self.languages]:
             raise ValueError(f"targets: got {unknown}; wanted some of {list(self.languages)}")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets: got {list(self.targets)}; wanted every language once")
         if self.targets and self.intervention not in ("mean", "random"):
             raise ValueError(
                 f"targets: got {list(self.targets)}; intervention {self.intervention!r} moves to no barycentre: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from shifcon_fast.space.intervention import (
     MAPS,
     FittedSubspaces,
     InterventionName,
+    check_fitted,
     check_intervention,
     fit_maps,
     random_directions,
@@ -188,7 +189,9 @@ class LanguageSpace:
         if intervention == "random":
             parts["directions"] = random_directions(len(self.languages), self.hidden_size, seed)
         elif intervention in MAPS:
-            parts |= fit_maps([self._fitted(boundary) for boundary in area], self.pivot, intervention)
+            parts |= fit_maps(
+                [self._fitted(boundary, intervention) for boundary in area], self.pivot, intervention
+            )
         return LanguageShift(
             self.languages,
             self.pivot,
@@ -206,7 +209,7 @@ class LanguageSpace:
             },
             router=self._router(forward) if recipe == "stable" else None,
             intervention=intervention,
-            targets=tuple(self.languages[self.language_id(code)] for code in targets),
+            targets=self.find_targets(targets),
             **parts,
         )
 
@@ -220,7 +223,37 @@ class LanguageSpace:
                 raise ValueError(f"alpha: {error}") from error
         return found
 
-    def _fitted(self, boundary: int) -> FittedSubspaces:
+    def check_gives(self, intervention: InterventionName, boundaries: Iterable[int]) -> None:
+        """Refuse what :meth:`shift` would, before a model is loaded or anything is measured.
+
+        Raises:
+            ValueError: an intervention that this space cannot give at one of these boundaries.
+        """
+        check_intervention(intervention)
+        for boundary in sorted(set(boundaries)) if intervention in MAPS else ():
+            check_fitted(self._fitted(boundary, intervention), self.pivot, intervention)
+
+    def find_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Languages to shift to, as this space writes them.
+
+        Raises:
+            ValueError: one that it does not know, or that is there twice.
+        """
+        try:
+            found = tuple(self.languages[self.language_id(code)] for code in targets)
+        except ValueError as error:
+            raise ValueError(f"targets: {error}") from error
+        if len(set(found)) < len(found):
+            raise ValueError(f"targets: got {list(targets)}; wanted every language once")
+        return found
+
+    def _fitted(self, boundary: int, intervention: str) -> FittedSubspaces:
+        if not any(at == self._estimated(boundary) for at, _ in self.bases):
+            raise ValueError(
+                f"intervention: {intervention!r} moves along subspaces, and there are no subspaces at boundary "
+                f"{boundary}: this space was estimated without. Estimate it again, with subspaces, at the area's "
+                "boundaries (shifcon profile)"
+            )
         subspaces = {code: self.subspace(boundary, code) for code in self.languages}
         covariances = {code: each for (at, code), each in self.covariances.items() if at == boundary}
         return FittedSubspaces(subspaces, covariances, float(self._measured("ridge", boundary)))

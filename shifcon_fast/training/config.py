@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import HfArgumentParser
 
+from shifcon_fast.data.translation_tasks import Directions
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.yaml_file import read_yaml
 
@@ -86,6 +87,19 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.languages = None if self.languages is None else _split(self.languages)
         self.lora_target_modules = _split(self.lora_target_modules)
+        if self.translation_instructions < 0:
+            raise ValueError(
+                f"translation_instructions: got {self.translation_instructions}; wanted 0 or more"
+            )
+        if not self.translation_temperature > 0:
+            raise ValueError(
+                f"translation_temperature: got {self.translation_temperature}; wanted a number above 0"
+            )
+        if self.translation_directions not in get_args(Directions):
+            raise ValueError(
+                f"translation_directions: got {self.translation_directions!r}; wanted one of "
+                f"{', '.join(get_args(Directions))}"
+            )
 
 
 def _split(values: Sequence[str]) -> list[str]:

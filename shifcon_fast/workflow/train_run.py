@@ -16,6 +16,7 @@ from shifcon_fast.evaluation.result import FILE_NAME
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.opening import load_tokenizer
 from shifcon_fast.space import space_folder
+from shifcon_fast.space.intervention import MAPS, InterventionName
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, retract
 from shifcon_fast.training.arguments import ShifConArguments
@@ -61,8 +62,12 @@ def train(run: RunConfig, arguments: ShifConArguments) -> str:
             f"not know ({', '.join(known)}); profile with these languages or leave the rows out"
         )
 
-    if space is not None and space.sweep is not None:
-        choose_area(arguments, space)  # a sweep that speaks against the shift stops the run here
+    if space is not None:
+        space.find_targets(arguments.targets or ())
+        way: InterventionName = arguments.intervention or "mean"  # type: ignore[assignment]
+        if space.sweep is not None or way in MAPS:
+            area = choose_area(arguments, space)  # a sweep that speaks against the shift stops the run here
+            space.check_gives(way, area)
 
     tokenizer = load_tokenizer(run.model, run.trust_remote_code)
     targets = run.lora_target_modules

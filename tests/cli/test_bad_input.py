@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.workflow import train_run
 
 Rows = list[dict[str, object]]
 
@@ -153,3 +157,89 @@ def test_a_folder_that_is_not_ours_is_refused(workplace, tmp_path: Path) -> None
     assert reported.code == 2
     assert str(tmp_path) in reported.text
     assert list(tmp_path.iterdir()) == []
+
+
+def _spoilt(space: LanguageSpace, kind: str) -> LanguageSpace:
+    """A space that cannot give every intervention."""
+    if kind == "older":
+        return replace(space, covariances={})
+    if kind == "bare":
+        return replace(space, bases={}, variances={}, covariances={})
+    parts = (space.bases, space.variances, space.covariances)
+    bases, variances, covariances = (dict(part) for part in parts)
+    for key in [each for each in bases if each[1] == "sw"]:
+        bases[key], variances[key] = bases[key][:, :0], variances[key][:0]
+        del covariances[key]
+    return replace(space, bases=bases, variances=variances, covariances=covariances)
+
+
+@pytest.mark.parametrize(
+    ("kind", "intervention", "message"),
+    [
+        ("bare", "subspace", "intervention: 'subspace' moves along subspaces, and there are no subspaces at"),
+        (
+            "bare",
+            "procrustes",
+            "intervention: 'procrustes' moves along subspaces, and there are no subspaces at",
+        ),
+        ("older", "affine", "intervention: 'affine' needs to know how translations vary together"),
+        ("flat", "subspace", "that of 'sw' has rank 0"),
+    ],
+)
+def test_an_intervention_that_the_space_cannot_give_is_refused_before_a_model_loads(
+    *, workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, intervention: str, message: str
+) -> None:
+    _spoilt(LanguageSpace.load(workplace.folder / "space"), kind).save(tmp_path / "space")
+    flags = ("--space", str(tmp_path / "space"), "--intervention", intervention)
+    swept = workplace.shifcon(
+        *("sweep", "--model", workplace.base, "--parallel", workplace.folder / "parallel.jsonl"),
+        *("--quantization", "none", *flags),
+    )
+    assert swept.code == 2
+    assert message in swept.text
+    assert "unshifted:" not in swept.text  # nothing was measured for it
+    assert not (tmp_path / "space" / "sweep.json").exists()
+    monkeypatch.setattr(train_run, "load_quantized", lambda *_, **__: pytest.fail("the model was loaded"))
+    area = ("--forward", "1", "--backward", "3")
+    trained = workplace.shifcon(*workplace.train_flags(tmp_path / "run", *flags, *area))
+    assert trained.code == 2
+    assert message in trained.text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--targets", "en,xx"], "targets: language: got 'xx'; wanted one of en, de, sw, tr"),
+        (["--targets", "sw,swh_Latn"], "targets: got ['sw', 'swh_Latn']; wanted every language once"),
+        (["--learn-alpha", "--no-shift"], "learn_alpha: got True with shift=False"),
+        (["--w-anchor", "-1"], "w_anchor: got -1.0; wanted 0 or more"),
+        (["--mcl-mode", "unshifted", "--temperature", "0"], "temperature: got 0.0; wanted a positive number"),
+        (["--translation-instructions", "-1"], "translation_instructions: got -1; wanted 0 or more"),
+        (["--translation-temperature", "0"], "translation_temperature: got 0.0; wanted a number above 0"),
+        (["--translation-directions", "up"], "translation_directions: got 'up'; wanted one of both"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_method_arguments_are_refused_before_a_model_loads(
+    workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    monkeypatch.setattr(train_run, "load_quantized", lambda *_, **__: pytest.fail("the model was loaded"))
+    refused = workplace.shifcon(*workplace.train_flags(tmp_path / "run", *more))
+    assert refused.code == 2
+    assert message in refused.text
+
+
+def test_baselines_train_from_flags(workplace, tmp_path: Path) -> None:
+    plain = ["--no-shift", "--max-steps", "1"]
+    aligned = workplace.shifcon(
+        *workplace.train_flags(tmp_path / "afp", *plain, "--mcl-mode", "unshifted", "--temperature", "0.2")
+    )
+    assert aligned.code == 0, aligned.text
+    settings = json.loads((tmp_path / "afp" / "shifcon.json").read_text())["training"]
+    assert (settings["mcl_mode"], settings["temperature"], settings["shift"]) == ("unshifted", 0.2, False)
+    more = ["--w-mcl", "0", "--translation-instructions", "8", "--translation-temperature", "5"]
+    translating = workplace.shifcon(*workplace.train_flags(tmp_path / "qalign", *plain, *more))
+    assert translating.code == 0, translating.text
+    trained = [json.loads((tmp_path / name / "shifcon.json").read_text()) for name in ("afp", "qalign")]
+    counts = [sum(each["training"]["examples"].values()) for each in trained]
+    assert counts[1] == counts[0] + 8

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shifcon_fast as sf
@@ -17,7 +20,7 @@ from shifcon_fast.objective.mcl import mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.run_card import read_card
-from shifcon_fast.training.run_folder import read_shift
+from shifcon_fast.training.shift_file import read_shift, write_shift
 from shifcon_fast.training.trainer import ShifConTrainer
 
 TOKENS = torch.tensor([[5, 17, 33, 41]])
@@ -159,3 +162,29 @@ def test_where_it_makes_no_sense_it_is_refused(
         trainer._start_alpha()
     with pytest.raises(ValueError, match="alpha: language: got 'xx'"):
         attach(load_model(), space, 1, 3, {"xx": 0.5})
+
+
+@pytest.mark.parametrize("name", ["alphas", "bases"])
+def test_a_file_that_does_not_fit_is_refused_by_name(space: LanguageSpace, tmp_path: Path, name: str) -> None:
+    shift = replace(space.shift(1, 3, intervention="subspace"), alphas=torch.ones(4))
+    card: Any = {
+        "languages": list(shift.languages),
+        "pivot": "en",
+        "area": {"forward": 1, "backward": 3},
+        "fingerprint": {"num_blocks": shift.num_boundaries},
+        "alpha": 1.0,
+        "recipe": "stable",
+        "intervention": "subspace",
+    }
+    write_shift(tmp_path, shift)
+    read = read_shift(tmp_path, card)
+    assert read is not None
+    assert torch.equal(read.alphas, shift.alphas)  # type: ignore[arg-type]
+    file = tmp_path / "shift.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:1].contiguous()
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=rf"shift.safetensors: does not fit the card beside it: {name}: got"):
+        read_shift(tmp_path, card)
