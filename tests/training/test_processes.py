@@ -235,6 +235,12 @@ def test_processes_with_unequal_numbers_of_pairs(together: Path) -> None:
         assert "[5, 2] pairs, and the most need 5 passes" in found["too_few"]
 
 
+def test_processes_with_unequal_numbers_of_streamed_rows(together: Path) -> None:
+    losses = [read(together, f"stream-{rank}") for rank in (0, 1)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == SETTINGS["max_steps"]
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 from accelerate.utils import memory
@@ -65,12 +66,14 @@ def load(quantization: str = "none", **settings: Any) -> Any:
     return sf.load_quantized(CHECKPOINT, lora, quantization, **settings)
 
 
-def make(name: str, model: Any = None, callbacks: Any = (), **settings: Any) -> sf.ShifConTrainer:
+def make(
+    name: str, model: Any = None, callbacks: Any = (), train_dataset: Any = None, **settings: Any
+) -> sf.ShifConTrainer:
     return sf.ShifConTrainer(
         model or load(),
         sf.ShifConArguments(output_dir=str(FOLDER / name), **{**copy.deepcopy(SETTINGS), **settings}),
         processing_class=TOKENIZER,
-        train_dataset=str(FOLDER / "rows.jsonl"),
+        train_dataset=train_dataset or str(FOLDER / "rows.jsonl"),
         eval_dataset=str(FOLDER / "few.jsonl"),
         parallel=str(FOLDER / "pairs.jsonl"),
         space=sf.LanguageSpace.load(FOLDER / "space"),
@@ -180,6 +183,22 @@ def refusals() -> None:
     write("refused", found)
 
 
+def short_stream() -> None:
+    """Three rows for four places a step, two of each process: they begin again, and no process waits for rows."""
+    rows = [json.loads(line) for line in (FOLDER / "rows.jsonl").read_text().splitlines()[:3]]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make(
+        "stream",
+        train_dataset=stream,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        train_sampling_strategy="random",
+    )
+    trainer.train()
+    found = [row["loss_generation"] for row in trainer.state.log_history if "loss" in row]
+    (FOLDER / f"stream-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
 class Signalled(TrainerCallback):
     """One process gets signals at some moment of a run: a method of callbacks, at a step."""
 
@@ -274,6 +293,7 @@ if __name__ == "__main__":
         train("ddp")
         learnt_alpha()
         unequal_numbers_of_pairs()
+        short_stream()
         interrupted()
         train("fsdp", fsdp=True)
         refusals()
