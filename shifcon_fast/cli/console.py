@@ -17,7 +17,8 @@ with needed_for("the shifcon command"):
 class GuardedGroup(TyperGroup):
     """Turns the errors a user can mend into one clear line and an exit code.
 
-    Exit codes: 2 for bad input, 1 for what went wrong in the run (a full disk, a NaN loss), 130 for Ctrl-C.
+    Exit codes: 2 for bad input, 1 for what went wrong in the run (a full disk, a NaN loss), 130 for Ctrl-C
+    and for SIGTERM during training.
     ``SHIFCON_DEBUG=1`` lets the traceback through instead.
     """
 

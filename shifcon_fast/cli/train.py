@@ -29,8 +29,8 @@ def train(
             --instructions instructions.jsonl --output run/ --max-steps 500
 
     or `shifcon train --config run.yaml --learning-rate 1e-4`. Without --space the language space is estimated
-    first. Ctrl-C saves a checkpoint; --resume goes on from the last one. `--no-shift` and `--w-mcl 0` switch the
-    two halves of the method off, which is the plain QLoRA to compare with.
+    first. Ctrl-C or SIGTERM saves a checkpoint; --resume goes on from the last one. `--no-shift` and `--w-mcl 0`
+    switch the two halves of the method off, which is the plain QLoRA to compare with.
     """
     from shifcon_fast.training.config import describe_fields, parse_config
     from shifcon_fast.workflow import train_run
