@@ -293,3 +293,45 @@ def test_the_dose_is_how_far_sentences_move(space: LanguageSpace, intervention: 
     displacement = moved(shift, 0, position, sentences) - sentences
     expected = displacement.square().sum(1).mean().sqrt() / space.median_norm[F, position].double()
     assert shift.dose("sw")[0] == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_gradient_of_a_factor_is_the_tables_times_its_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4, 8), (3, 8), (8,))
+    x, table, weight = (torch.randn(*shape, generator=generator).double() for shape in shapes)
+    ids, factors = torch.tensor([2, -1, 0]), torch.tensor([1.0, 0.5, -0.25], dtype=torch.float64)
+
+    def normed(factors: Tensor) -> tuple[Tensor, Tensor]:
+        tensors = (each.to(factors.dtype) for each in (x, weight, table))
+        values, scale, rows = tensors
+        return ops.add_shift_rms_norm(values, scale, None, factors[:, None] * rows, ids)
+
+    def gradient(factors: Tensor) -> Tensor:
+        y, h = normed(factors)
+        return torch.autograd.grad((y * y).sum() + h.sum(), factors)[0]
+
+    exact = gradient(factors.requires_grad_())
+    assert torch.autograd.gradcheck(normed, factors)
+    assert exact[1] == 0  # a language without a row
+    fast = gradient(factors.detach().float().requires_grad_())  # the backend that trains
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learnt_factor_stays_one_float32_parameter_of_both_blocks(
+    plain: Any, space: LanguageSpace, batch: dict[str, Tensor]
+) -> None:
+    model = copy.deepcopy(plain).requires_grad_(False)
+    learnt = sf.attach(model, space, F, B).learn_alpha()
+    ids = torch.tensor([1, 2, 0, -1])
+    with torch.no_grad():
+        learnt.copy_(torch.tensor([1.0, 0.7, 1.3]))
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    copied = twin.shifcon.learnt_alphas
+    assert copied is not learnt
+    assert torch.equal(copied, learnt)  # neither converted nor rounded
+    assert [each for _, each in twin.named_parameters() if each.requires_grad] == [copied]
+    compiled = torch.compile(model, backend="eager")
+    compiled(**batch, labels=batch["input_ids"], language_ids=ids).loss.backward()
+    traced, learnt.grad = learnt.grad, None
+    model(**batch, labels=batch["input_ids"], language_ids=ids).loss.backward()
+    torch.testing.assert_close(traced, learnt.grad, rtol=1e-4, atol=1e-6)

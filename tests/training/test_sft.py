@@ -340,3 +340,24 @@ def test_ours_is_not_warned_of_and_counts_its_shifts(make_sft: Callable[..., Shi
         1: 2,
         3: 2,
     }
+
+
+def test_alpha_is_learnt_in_float32_beside_adapters_in_bfloat16(
+    make_sft: Callable[..., ShifConSFTTrainer], load_model: Callable[..., Any]
+) -> None:
+    trainer = make_sft(
+        model=load_model(quantization="nf4"),
+        learn_alpha=True,
+        alpha_learning_rate=1e-3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+    )
+    trainer.train()
+    assert trainer.handle is not None
+    learnt = trainer.handle.learnt_alphas
+    assert learnt is not None
+    assert learnt.dtype == torch.float32
+    for code in ("sw", "de"):  # bfloat16 would have rounded such a step away
+        step = abs(trainer.handle.shift.alphas_by_language[code] - 1)
+        assert step == pytest.approx(1e-3, rel=1e-3)
