@@ -206,6 +206,8 @@ class ShifConLM(HFLM):  # type: ignore[misc, unused-ignore]
             info["shifcon_area"] = [shift.forward, shift.backward]
             info["shifcon_alpha"], info["shifcon_recipe"] = shift.alpha, shift.recipe
             info["shifcon_intervention"] = shift.intervention
+            if alphas := shift.alphas_by_language:
+                info["shifcon_alphas"] = alphas
         if self._card is not None:
             info["shifcon_files"] = dict(self._card["files"])
         return info

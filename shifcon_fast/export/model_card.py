@@ -37,6 +37,8 @@ _METHOD = (
     "w_mcl",
     "w_replay",
     "w_distillation",
+    "w_anchor",
+    "learn_alpha",
     "mcl_mode",
     "temperature",
     "anchor_pivot",
