@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -300,27 +301,31 @@ class _Sample:
         return lambda: mcl_loss(self.model, batch, self._handle)
 
     def measure(self, part: Callable[[], Callable[[], Tensor]]) -> _Measured:
-        """The fastest of three forward and backward passes; the memory of another."""
+        """The median of three forward and backward passes; the memory of another.
+
+        The fastest would be too fast on a busy machine: a whole step takes many times as long as one of these, and
+        meets neighbours that one of three of these may miss.
+        """
         forward = part()
         forward().backward()
-        fastest = float("inf")
+        seconds = []
         for _ in range(3):
             start = self._now()
             forward().backward()
-            fastest = min(fastest, self._now() - start)
+            seconds.append(self._now() - start)
         kept, peak = _bytes_of(forward, self._device)
-        return _Measured(fastest, kept, peak - kept)
+        return _Measured(median(seconds), kept, peak - kept)
 
     def seconds_of_optimizer(self) -> float:
         """Of AdamW on the sample's adapters, all of which have gradients by now."""
         trained = [each for each in self.model.parameters() if each.grad is not None]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
-        fastest = float("inf")
+        seconds = []
         for _ in range(4):
             start = self._now()
             optimizer.step()
-            fastest = min(fastest, self._now() - start)
-        return fastest
+            seconds.append(self._now() - start)
+        return median(seconds[1:])  # the first makes the moments
 
     def _tokens(self, *shape: int) -> Tensor:
         return torch.randint(3, self._vocabulary, shape).to(self._device)
