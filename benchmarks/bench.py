@@ -58,7 +58,7 @@ SUITES = (
     Suite("blocks", ("test_block.py",), 1),
     Suite("step", ("test_step.py",), 6, options=("-k", "not gemma3")),
     Suite("step_gemma3", ("test_step.py",), 8, options=("-k", "gemma3"), devices=("cpu",)),
-    Suite("models", ("test_models.py",), 1.5),
+    Suite("models", ("test_models.py",), 4, options=("--turn-seconds", "90")),
     Suite(
         "interventions", ("test_interventions.py",), 5, ONE_THREAD, ("--turn-seconds", "45", "--cpu-clock")
     ),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "step"))
 SIZES = importlib.import_module("shapes").SIZES
 make_space = importlib.import_module("variants").make_space
 NEW_TOKENS, PROMPT = 16, 16
-SENTENCES, WORDS, BATCH = 32, 30, 16
+SENTENCES, WORDS, BATCH = 128, 30, 16
 
 
 @pytest.fixture(scope="module")
