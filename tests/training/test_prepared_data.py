@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Pre
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.training.language_column import LanguageCollator, place_language_ids
+from shifcon_fast.training.learnt_tokens import take_learnt
 from shifcon_fast.training.trainer import ShifConTrainer
 
 QUICK = {"max_steps": 2, "w_mcl": 0.0, "w_gen": 1.0, "parallel": None}
@@ -40,7 +41,9 @@ def batches(make_trainer: Callable[..., ShifConTrainer], model: Any) -> Callable
         trainer = make_trainer(
             **{**QUICK, "model": model, "train_sampling_strategy": "sequential", **settings}
         )
-        first = itertools.islice(trainer.get_train_dataloader(), 3)
+        first = [dict(batch) for batch in itertools.islice(trainer.get_train_dataloader(), 3)]
+        for batch in first:
+            take_learnt(batch)  # what is for the trainer alone
         return [{name: value.tolist() for name, value in batch.items()} for batch in first]
 
     return take
