@@ -58,6 +58,7 @@ class _Running:
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,  # noqa: PLW1509 - there are no threads here
         )
 
     def ended(self) -> bool:
@@ -114,6 +115,11 @@ def run_together(jobs: Sequence[Job], deadline: float, log: Path, cwd: Path) -> 
             for name, each in running.items():
                 _keep_output(name, Outcome(False, 0.0, "interrupted"), each.output, log)
     return outcomes
+
+
+def _heed_interrupts() -> None:
+    """In a job, before it begins: a shell that starts a program in the background has it ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +46,16 @@ def test_jobs_run_side_by_side(gpu_check: ModuleType, tmp_path: Path) -> None:
     assert "== three: exit status 3" in log
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """As a shell starts a program there: it ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow("waits for processes that are to be ended")
+@pytest.mark.usefixtures("in_the_background")
 def test_a_job_that_runs_over_is_asked_to_stop_and_its_children_end(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
