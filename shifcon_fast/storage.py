@@ -122,9 +122,9 @@ def write_file(path: str | Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as UTF-8 JSON, atomically."""
-    write_file(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write ``value`` as UTF-8 JSON, atomically; on one line where ``indent`` is None."""
+    write_file(path, (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode())
 
 
 @overload

@@ -30,9 +30,10 @@ from transformers import AutoTokenizer
 
 from shifcon_fast.data.cldr import cldr_instructions
 from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.evaluation.evaluate import area_of
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
-from shifcon_fast.evaluation.result import AttachedArea, EvaluationResult
+from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.estimate_space import estimate_space
@@ -84,9 +85,8 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     else:
         trained, found = train(model, arm, seed, folder=folder, tokenizer=tokenizer, data=data, work=work)
         known |= found
-    known["training_seconds"] = round(
-        time.process_time() - start, 1
-    )  # of the processor: runs go side by side
+    # Of the processor: runs go side by side.
+    known["training_seconds"] = round(time.process_time() - start, 1)
     if arm != BASE and not arguments(model, arm).get("shift", True):
         trained.shifcon.detach()  # it was there for the contrastive pass alone, if for anything
     result = measure(trained, tokenizer, _rows(data / "flores200_devtest.jsonl", FLORES_ROWS))
@@ -112,11 +112,7 @@ def measure(model: Any, tokenizer: Any, text: dict[str, list[str]]) -> Evaluatio
     return EvaluationResult(
         model=model.config._name_or_path,
         pivot=PIVOT,
-        area=None
-        if handle is None
-        else AttachedArea(
-            forward=handle.forward, backward=handle.backward, alpha=handle.alpha, recipe=handle.recipe
-        ),
+        area=None if handle is None else area_of(handle.shift),
         retrieval=dict.fromkeys(modes, retrieval),
         perplexity=dict.fromkeys(modes, perplexity),
         multiple_choice=dict.fromkeys(modes, choices),

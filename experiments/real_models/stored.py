@@ -51,6 +51,7 @@ def write_run(path: Path, result: EvaluationResult, run: Mapping[str, Any]) -> N
             "settings": result.settings,
             "versions": result.versions,
         },
+        indent=None,  # a number a line would be 7,000 lines a run
     )
 
 

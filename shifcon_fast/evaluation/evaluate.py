@@ -174,7 +174,7 @@ def evaluate(
     return EvaluationResult(
         model=str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
         pivot=pivot,
-        area=None if handle is None else _area_of(handle.shift),
+        area=None if handle is None else area_of(handle.shift),
         retrieval=retrieval,
         perplexity=perplexity,
         outcomes=outcomes,
@@ -195,7 +195,8 @@ def evaluate(
     )
 
 
-def _area_of(shift: LanguageShift) -> AttachedArea:
+def area_of(shift: LanguageShift) -> AttachedArea:
+    """Where, how far and how a shift moves, for the record of an evaluation."""
     area: AttachedArea = {
         "forward": shift.forward,
         "backward": shift.backward,

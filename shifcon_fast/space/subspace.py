@@ -83,9 +83,8 @@ def principal_subspaces(x: Tensor, *, rank: int | None = None, variance: float =
     eigenvalues, vectors = torch.linalg.eigh(centred @ centred.mT if wide else centred.mT @ centred)
     squares, vectors = eigenvalues.flip(-1).clamp_min(0), vectors.flip(-1)
     totals = squares.sum(-1, keepdim=True)
-    ranks = (squares > squares[:, :1] * max(n, d) * torch.finfo(torch.float64).eps).sum(
-        -1
-    )  # significant ones
+    significant = squares > squares[:, :1] * max(n, d) * torch.finfo(torch.float64).eps
+    ranks = significant.sum(-1)
     if rank is None:
         # The tolerance is float64's summation error: variance=1.0 must not ask for directions of pure round-off.
         reached = squares.cumsum(-1) >= variance * totals * (1 - 1e-12)

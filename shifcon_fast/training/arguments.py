@@ -280,9 +280,8 @@ class ShifConArguments(TrainingArguments):
         if recipe.area is not None and self.forward is None and self.backward is None:
             self.forward, self.backward = recipe.area
         self._check()
-        if getattr(
-            self, "enable_jit_checkpoint", False
-        ):  # which would stop each process at a step of its own
+        # It would stop each process at a step of its own.
+        if getattr(self, "enable_jit_checkpoint", False):
             self.enable_jit_checkpoint = False
             warn_once(
                 "enable_jit_checkpoint: not used; SIGTERM saves a checkpoint and stops the run without it"
