@@ -38,7 +38,7 @@ def evaluation(stored: ModuleType, arm: str, seed: int) -> EvaluationResult:
     random = np.random.default_rng([seed, len(arm)])
     skill = {"base": 0.3, "plain": 0.5}.get(arm, 0.9)
     choices = []
-    for each in stored.questions():
+    for each in stored.questions("test" if seed < 101 else "dev"):
         gold = each.choices.index(str(each.answer))
         nats = -random.uniform(1, 9, len(each.choices))
         if each.language == "en" or random.random() < skill:
@@ -76,7 +76,9 @@ def evaluation(stored: ModuleType, arm: str, seed: int) -> EvaluationResult:
 @pytest.fixture(scope="module")
 def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    for arm, seed in (("base", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("shifcon", 1), ("shifcon", 3)):
+    made_of = [("base", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("shifcon", 1), ("shifcon", 3)]
+    made_of += [("base", 101), ("plain", 101), ("afp", 101)]
+    for arm, seed in made_of:
         known = {"model": MODEL, "arm": arm, "seed": seed, "processor": "one", "training_seconds": 90.0}
         made = evaluation(experiment["stored"], arm, seed)
         experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
@@ -96,11 +98,24 @@ def test_every_arm_is_one_that_the_trainer_takes(experiment: dict[str, ModuleTyp
     from shifcon_fast.training.arguments import ShifConArguments
 
     arms = experiment["arms"]
-    for arm in arms.ARMS:
+    for arm in arms.ARMS | arms.CANDIDATES:
         options = arms.arguments(MODEL, arm)
         args = ShifConArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
         assert (args.forward, args.backward) == arms.AREAS[MODEL]
         assert args.learning_rate == arms.TRAINING["learning_rate"]
+
+
+def test_the_search_has_territories_and_seeds_of_its_own(experiment: dict[str, ModuleType]) -> None:
+    arms, questions = experiment["arms"], experiment["stored"].questions
+    tried, reported = arms.search_runs(), arms.runs()
+    assert {arms.split_of(seed) for _, _, seed in tried} == {"dev"}
+    assert {arms.split_of(seed) for _, _, seed in reported} == {"test"}
+    assert set(arms.CANDIDATES) <= {arm for _, arm, _ in tried}
+    assert not arms.CANDIDATES.keys() & arms.ARMS.keys()
+    dev, test = ({each.row for each in questions(split)} for split in ("dev", "test"))
+    assert dev
+    assert test
+    assert not dev & test
 
 
 def test_train_and_test_share_no_territory(experiment: dict[str, ModuleType], shifcon_data: Path) -> None:
@@ -108,7 +123,9 @@ def test_train_and_test_share_no_territory(experiment: dict[str, ModuleType], sh
     both = experiment["one_run"].instructions("translation", shifcon_data)
     assert both[::2] == facts
     assert sum(row["prompt"].startswith("Translate into") for row in both) == len(facts)
-    asked = {each.text.splitlines()[0].partition(":")[2].strip() for each in experiment["stored"].questions()}
+    asked = {
+        each.text.splitlines()[0].partition(":")[2].strip() for each in experiment["stored"].questions("test")
+    }
     told = " ".join(row["prompt"] for row in facts if row["lang"] == "en")
     english = [name for name in asked if name.isascii() and len(name) > 5]
     assert len(english) > 50
@@ -158,7 +175,8 @@ def test_the_report_is_made_of_what_there_is(
     text = document.read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| shifcon | 2 |"))
     assert "points \\[" in row
-    assert text.count("*Not measured.*") == 1  # the other model's
+    assert any(line.startswith("| afp | 1 |") for line in text.splitlines())
+    assert text.count("*Not measured.*") == 2  # the other model's, and its search
     again = experiment["report"].write(results, tmp_path, document)
     assert (said, text) == (again, document.read_text(encoding="utf-8"))
     assert (tmp_path / f"does_it_help_{MODEL}.svg").read_bytes().startswith(b"<?xml")
@@ -180,5 +198,8 @@ def test_the_command_lists_and_refuses(
     said = command("--models", MODEL, "--arms", "plain,shifcon")
     assert said.startswith("5 of 10 runs are done\n")
     assert f"missing: {MODEL} shifcon 2" in said
+    assert command("--models", MODEL, "--arms", "plain,afp", "--search").startswith("2 of 2 runs are done\n")
+    with pytest.raises(SystemExit, match="arms: got 'afp'; wanted some of base, plain"):
+        command("--arms", "afp")
     with pytest.raises(SystemExit, match="arms: got 'magic'; wanted some of base, plain"):
         command("--arms", "magic")

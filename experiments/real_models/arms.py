@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+from shifcon_fast.data.cldr import Split
+
 PROTOCOL = 1
 
 PIVOT = "en"
@@ -57,6 +59,29 @@ ARMS: dict[str, dict[str, Any]] = {
 
 SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
 
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "shifcon-anchored": {"anchor_pivot": True},
+    "shifcon-distilled": {"w_distillation": 1.0},
+    "shifcon-replayed": {"w_replay": 1.0},
+    "shifcon-learnt": {"learn_alpha": True},
+    "afp": {"shift": False, "mcl_mode": "unshifted"},
+    "afp-anchored": {"shift": False, "mcl_mode": "unshifted", "anchor_pivot": True},
+    "afp-light": {"shift": False, "mcl_mode": "unshifted", "w_gen": 1.0, "w_mcl": 0.2},
+    "afp-translation": {
+        "shift": False,
+        "mcl_mode": "unshifted",
+        "w_gen": 1.0,
+        "w_mcl": 0.2,
+        "per_device_train_batch_size": 16,
+    },
+}
+"""Tried on the questions of the dev territories: candidate → arguments that differ."""
+
+SEARCH_SEEDS = (101,)
+
+WITH_TRANSLATIONS = ("translation", "afp-translation")
+"""Those whose instructions hold the translation pairs too."""
+
 
 def runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
     """(model, arm, seed) of every run, those that the primary measure needs first; the base has seed 0."""
@@ -74,10 +99,27 @@ def runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
     return found
 
 
+def search_runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
+    """(model, arm or candidate, seed) of the search."""
+    tried = (BASE, PLAIN, SHIFCON, "translation", *CANDIDATES)
+    return [
+        (model, arm, seed)
+        for seed in SEARCH_SEEDS
+        for arm in tried
+        for model in models
+        if arm != BASE or seed == SEARCH_SEEDS[0]
+    ]
+
+
+def split_of(seed: int) -> Split:
+    """Of the territories whose questions a run is measured on."""
+    return "dev" if seed >= SEARCH_SEEDS[0] else "test"
+
+
 def arguments(model: str, arm: str) -> dict[str, Any]:
-    """The trainer's arguments of an arm, but for seed and folder."""
+    """The trainer's arguments of an arm or a candidate, but for seed and folder."""
     forward, backward = AREAS[model]
-    return {**TRAINING, "forward": forward, "backward": backward, **ARMS[arm]}
+    return {**TRAINING, "forward": forward, "backward": backward, **(ARMS | CANDIDATES)[arm]}
 
 
 def fingerprint(model: str, arm: str) -> str:

@@ -22,7 +22,9 @@ from arms import (
     TRANSLATION_ROWS,
     TRANSLATIONS,
     WEAK,
+    WITH_TRANSLATIONS,
     arguments,
+    split_of,
 )
 from peft import LoraConfig
 from stored import questions, write_run
@@ -30,6 +32,7 @@ from transformers import AutoTokenizer
 
 from shifcon_fast.data.cldr import cldr_instructions
 from shifcon_fast.data.parallel import read_parallel
+from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import area_of
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
@@ -89,18 +92,21 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     known["training_seconds"] = round(time.process_time() - start, 1)
     if arm != BASE and not arguments(model, arm).get("shift", True):
         trained.shifcon.detach()  # it was there for the contrastive pass alone, if for anything
-    result = measure(trained, tokenizer, _rows(data / "flores200_devtest.jsonl", FLORES_ROWS))
+    text = _rows(data / "flores200_devtest.jsonl", FLORES_ROWS)
+    result = measure(trained, tokenizer, questions(split_of(seed)), text)
     write_run(results / model / f"{arm}-{seed}.json", result, known)
 
 
-def measure(model: Any, tokenizer: Any, text: dict[str, list[str]]) -> EvaluationResult:
+def measure(
+    model: Any, tokenizer: Any, asked: list[Question], text: dict[str, list[str]]
+) -> EvaluationResult:
     """The model as it is used, in every mode that a result wants: without the shift it would take as long again."""
     handle = getattr(model, "shifcon", None)
     extra: dict[str, Any] = {"handle": handle, "batch_size": SENTENCES}
     boundaries = list(range(locate_decoder(model).num_boundaries))
     middle = len(boundaries) // 2
     with evaluation_mode(model):
-        choices = measure_multiple_choice(model, tokenizer, questions(), handle=handle, batch_size=CHOICES)
+        choices = measure_multiple_choice(model, tokenizer, asked, handle=handle, batch_size=CHOICES)
         perplexity = {
             code: measure_perplexity(model, tokenizer, rows, language=code, **extra)
             for code, rows in text.items()
@@ -159,9 +165,9 @@ def train(
 
 
 def instructions(arm: str, data: Path) -> list[dict[str, str]]:
-    """The facts of the train territories; for "translation" as many translation tasks besides."""
+    """The facts of the train territories; for some as many translation tasks besides."""
     facts = cldr_instructions(LANGUAGES, split="train")
-    if arm != "translation":
+    if arm not in WITH_TRANSLATIONS:
         return facts
     text = translations(data)
     tasks = []

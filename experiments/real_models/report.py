@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, runs
+from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, runs, search_runs
 from page_regions import filled
 from run import RESULTS, is_done, result_file
 from stored import read_run
@@ -61,38 +62,47 @@ def write(results: Path, output: Path, document: Path) -> str:
     pages: list[Section] = []
     counted = []
     for model in MODELS:
-        held = read_model(results, model)
         planned = [run for run in runs() if run[0] == model]
+        held = read_runs(results, planned)
         counted.append(f"{model}: {sum(map(len, held.values()))} of {len(planned)} runs")
-        if not {BASE, PLAIN} <= held.keys():
-            continue
-        comparison = compare_results(
-            {arm: {str(known["seed"]): result for result, known in found} for arm, found in held.items()},
-            PLAIN,
-            before=BASE,
-        )
-        for section in [*comparison_sections(comparison), cost_section(held)]:
-            pages.append(Section(f"{model}: {section.heading}", section.blocks))
-        text = filled(text, COMMAND, {model: markdown_of(comparison, held)})
-        picture = forest_plot(differences(comparison), xlabel="points, against plain QLoRA")
-        write_file(IMAGES / f"does_it_help_{model}.svg", picture)
+        if (comparison := compared(held)) is not None:
+            for section in [*comparison_sections(comparison), cost_section(held)]:
+                pages.append(Section(f"{model}: {section.heading}", section.blocks))
+            text = filled(text, COMMAND, {model: markdown_of(comparison, held)})
+            picture = forest_plot(differences(comparison), xlabel="points, against plain QLoRA")
+            write_file(IMAGES / f"does_it_help_{model}.svg", picture)
+        tried = read_runs(results, [run for run in search_runs() if run[0] == model])
+        if (comparison := compared(tried)) is not None:
+            text = filled(text, COMMAND, {f"{model}, the search": markdown_of(comparison, tried)})
     if not pages:
         raise ValueError(f"results: {results} lacks {BASE} and {PLAIN} of every model ({'; '.join(counted)})")
-    first = next(found for model in MODELS for found in read_model(results, model).values())[0]
+    first = next(iter(read_runs(results, runs()).values()))[0]
     pages.append(settings_section({"evaluation": first[0].settings, "versions": first[0].versions}))
     write_file(document, text.encode())
     page = write_report(output, "Does ShifCon help?", pages, subtitle="; ".join(counted))
     return f"{'; '.join(counted)}\n{page}\n{document}"
 
 
-def read_model(results: Path, model: str) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
-    """arm → (evaluation, what is known of the run) of each seed there is, in the order of the seeds."""
-    held: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
-    for _, arm, seed in sorted(run for run in runs() if run[0] == model):
+def read_runs(
+    results: Path, planned: Sequence[tuple[str, str, int]]
+) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """arm → (evaluation, what is known of the run) of each of its runs there is, both in the order of the plan."""
+    held: dict[str, list[tuple[Any, dict[str, Any]]]] = {arm: [] for _, arm, _ in planned}
+    for model, arm, seed in planned:
         if is_done(results, model, arm, seed):
-            held.setdefault(arm, []).append(read_run(result_file(results, model, arm, seed)))
-    order = list(dict.fromkeys(arm for _, arm, _ in runs()))
-    return {arm: held[arm] for arm in order if arm in held}
+            held[arm].append(read_run(result_file(results, model, arm, seed)))
+    return {arm: found for arm, found in held.items() if found}
+
+
+def compared(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> SystemComparison | None:
+    """The arms against plain QLoRA; None as long as the base or plain QLoRA has no run."""
+    if not {BASE, PLAIN} <= held.keys():
+        return None
+    return compare_results(
+        {arm: {str(known["seed"]): result for result, known in found} for arm, found in held.items()},
+        PLAIN,
+        before=BASE,
+    )
 
 
 def differences(comparison: SystemComparison) -> dict[str, dict[str, Interval]]:

@@ -3,6 +3,7 @@
 
     make experiment                                              # everything that has no result file yet
     python experiments/real_models/run.py --models gemma-3-270m --arms plain,shifcon --seeds 1,2
+    python experiments/real_models/run.py --search                # the search's, on dev territories
     python experiments/real_models/run.py --list                 # what there is, and what is missing
 
 Each run is a process of its own with one thread (``--jobs`` of them side by side), and writes
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from arms import ARMS, BASE, MODELS, runs
+from arms import BASE, MODELS, runs, search_runs
 from stored import read_run
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +35,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--arms", default=",".join((BASE, *ARMS)))
+    parser.add_argument("--arms", help="comma-separated; all unless given")
+    parser.add_argument("--search", action="store_true", help="the runs of the search on dev territories")
     parser.add_argument("--seeds", help="comma-separated; all of each arm unless given. The base has seed 0")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
@@ -51,7 +53,8 @@ def main() -> None:
         one_run(model, arm, int(seed), data=options.data, work=options.work, results=options.results)
         return
     try:
-        wanted = chosen(options.models.split(","), options.arms.split(","), options.seeds)
+        planned = search_runs() if options.search else runs()
+        wanted = chosen(planned, options.models, options.arms, options.seeds)
         waiting = [run for run in wanted if not is_done(options.results, *run)]
     except ValueError as error:
         sys.exit(f"run.py: {error}")
@@ -64,20 +67,25 @@ def main() -> None:
         sys.exit(f"run.py: {len(failed)} failed: {', '.join(' '.join(map(str, run)) for run in failed)}")
 
 
-def chosen(models: Sequence[str], arms: Sequence[str], seeds: str | None) -> list[tuple[str, str, int]]:
-    """The runs that were asked for, in the experiment's order.
+def chosen(
+    planned: Sequence[tuple[str, str, int]], models: str, arms: str | None, seeds: str | None
+) -> list[tuple[str, str, int]]:
+    """Those of the planned runs that were asked for, in their order. The base's one run is of any seed.
 
     Raises:
         ValueError: a model, arm or seed that the protocol does not have.
     """
-    for name, given, known in (("models", models, MODELS), ("arms", arms, (BASE, *ARMS))):
-        if unknown := [each for each in given if each not in known]:
+    wanted: list[list[str]] = []
+    for place, (name, given) in enumerate((("models", models), ("arms", arms))):
+        known = list(dict.fromkeys(str(run[place]) for run in planned))
+        wanted.append(given.split(",") if given else known)
+        if unknown := [each for each in wanted[-1] if each not in known]:
             raise ValueError(f"{name}: got {unknown[0]!r}; wanted some of {', '.join(known)}")
     numbers = None if seeds is None else [int(each) for each in seeds.split(",")]
     found = [
         (model, arm, seed)
-        for model, arm, seed in runs()
-        if model in models and arm in arms and (numbers is None or arm == BASE or seed in numbers)
+        for model, arm, seed in planned
+        if model in wanted[0] and arm in wanted[1] and (numbers is None or arm == BASE or seed in numbers)
     ]
     if not found:
         raise ValueError(f"seeds: got {seeds}; no arm that was asked for has one of them")

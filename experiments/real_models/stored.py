@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arms import LANGUAGES, PIVOT, PROTOCOL, fingerprint
+from arms import LANGUAGES, PIVOT, PROTOCOL, fingerprint, split_of
 
-from shifcon_fast.data.cldr import cldr_rows
+from shifcon_fast.data.cldr import Split, cldr_rows
 from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome
 from shifcon_fast.evaluation.perplexity import Perplexity
@@ -19,9 +19,9 @@ KIND = "experiment run"
 _DIGITS = 4  # of nats
 
 
-def questions() -> list[Question]:
-    """The CLDR questions of the test territories, in all languages."""
-    return read_questions(cldr_rows(LANGUAGES, split="test"))
+def questions(split: Split) -> list[Question]:
+    """The CLDR questions of a split's territories, in all languages."""
+    return read_questions(cldr_rows(LANGUAGES, split=split))
 
 
 def write_run(path: Path, result: EvaluationResult, run: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ def read_run(path: Path) -> tuple[EvaluationResult, dict[str, Any]]:
                 f"{path}: {name} is {held[name]}, that of protocol.md and arms.py {wanted}: it was made by another "
                 "version of the experiment. Delete it, and run it again"
             )
-    asked = {f"{each.row}.{each.language}": each for each in questions()}
+    asked = {f"{each.row}.{each.language}": each for each in questions(split_of(held["seed"]))}
     if asked.keys() != held["choices"].keys():
         raise ValueError(
             f"{path}: holds {len(held['choices'])} answers; wanted those of {len(asked)} questions"
