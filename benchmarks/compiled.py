@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     found = measure(arguments.size, arguments.rounds, torch.device(arguments.device))
-    found |= {"threads": torch.get_num_threads(), "machine": machine(arguments.device)}
+    found["machine"] = machine(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "compiled.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: found[key] for key in ("eager_over_compiled", "losses", "first_step_seconds")}))

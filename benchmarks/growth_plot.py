@@ -48,7 +48,7 @@ def bound(points: Points) -> list[float] | None:
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """A panel for each quantity that any record has, a line for each record.
+    """A panel for each quantity that any record has, a line for each record in the colour of its size.
 
     Raises:
         ValueError: a record has a quantity of an unknown name, or none has any.
@@ -60,12 +60,13 @@ def draw(records: Sequence[Record]) -> Figure:
         raise ValueError("curves: no record has any; nothing can be drawn")
     figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    sizes = list(dict.fromkeys(record["size"] for record in records))
     for panel, name in zip(panels, names, strict=True):
-        for number, record in enumerate(records):
+        for record in records:
             points: Points = sorted(record["curves"].get(name, []), key=lambda point: point["at"])
             if not points:
                 continue
-            color, at = f"C{number}", [point["at"] for point in points]
+            color, at = f"C{sizes.index(record['size'])}", [point["at"] for point in points]
             lower, middle, upper = zip(*(spread(point["seconds"]) for point in points), strict=True)
             errors = [
                 [m - one for m, one in zip(middle, lower, strict=True)],

@@ -14,7 +14,7 @@ LEVELS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, processor, instruction sets, cores and versions, for a record."""
+    """Device, processor, instruction sets and the one PyTorch uses, cores, threads and versions, for a record."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", "").split()
@@ -22,7 +22,9 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "processor": facts.get("model name", platform.machine()),
         "instructions": [level for level in LEVELS if level in flags],
+        "level": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
     }

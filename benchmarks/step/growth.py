@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from machine import machine
 from model import build
-from run import Runner, machine
+from run import Runner
 from shapes import SIZES, Size
 from variants import make_batch, make_space
 
@@ -66,7 +67,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
                     found[at]["seconds"].append(runner.seconds("ours"))
         curves[curve] = list(found.values())
         print(curve, [(each["at"], min(each["seconds"])) for each in curves[curve]], flush=True)
-    return {"machine": machine(), "size": name, "steps": steps, "curves": curves}
+    return {"machine": machine("cpu"), "size": name, "steps": steps, "curves": curves}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

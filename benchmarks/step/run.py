@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ceilings
+from machine import machine
 from model import build
 from products import other_products
 from shapes import SIZES
@@ -163,7 +162,7 @@ def measure(
         "generation": shape.generation,
         "pairs": shape.pairs,
         "checkpointing": checkpointing,
-        "machine": machine(),
+        "machine": machine(str(device)),
         "matmul_flop_s": multiplied,
         "variants": found,
         "saved_ms": {},
@@ -223,20 +222,6 @@ def peak_of_a_process(size: str, variant: str, checkpointing: bool) -> float:
         check=True,
     )
     return float(result.stdout.split()[-1])
-
-
-def machine() -> dict[str, Any]:
-    """What a record was made on."""
-    from cpuinfo import get_cpu_info
-
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    return {
-        "cpu": get_cpu_info().get("brand_raw"),
-        "level": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
-    }
 
 
 def product_rate(device: torch.device, small: bool) -> float:

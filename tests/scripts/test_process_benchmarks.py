@@ -1,4 +1,4 @@
-"""The benchmarks of gradient caching and of two processes run, and compare the same computation."""
+"""The benchmarks of gradient caching, two processes and growing work run, and compare the same computation."""
 
 from __future__ import annotations
 
@@ -35,3 +35,25 @@ def test_it_runs_on_a_tiny_model(name: str, arguments: list[str], tmp_path: Path
         assert one["mini_batch_size"] == cached["mini_batch_size"] == one["pairs"]
         assert cached["pairs"] == 2 * one["pairs"]
         assert cached["loss"] > one["loss"]  # more negatives
+
+
+@pytest.mark.slow("builds a model and takes dozens of steps")
+def test_growing_work_becomes_a_table_and_a_plot(tmp_path: Path) -> None:
+    file, picture = tmp_path / "growth" / "tiny.json", tmp_path / "growth.png"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], check=True, env=environment, capture_output=True, text=True
+        )
+        return done.stdout
+
+    run(str(BENCHMARKS / "step" / "growth.py"), "--size", "tiny", "--steps", "1", "--out", str(file))
+    run(str(BENCHMARKS / "growth_plot.py"), str(file), "--out", str(picture))
+    table = (
+        f"from pathlib import Path; import tables; print(tables.TABLES['growth'](Path({str(tmp_path)!r})))"
+    )
+    said = run("-c", table)
+    for curve in json.loads(file.read_text())["curves"]:
+        assert f"| tiny | {curve} |" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
