@@ -45,9 +45,11 @@ TRAINING: dict[str, Any] = {
 }
 """Arguments of every run."""
 
+_BOTH_TASKS = {"per_device_train_batch_size": 16, "max_length": 256, "too_long": "error"}
+
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {"shift": False, "w_mcl": 0.0, "w_gen": 1.0},
-    "translation": {"shift": False, "w_mcl": 0.0, "w_gen": 1.0, "per_device_train_batch_size": 16},
+    "translation": {"shift": False, "w_mcl": 0.0, "w_gen": 1.0, **_BOTH_TASKS},
     "shift": {"w_mcl": 0.0, "w_gen": 1.0},
     "mcl": {"shift": False},
     SHIFCON: {},
@@ -72,7 +74,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "mcl_mode": "unshifted",
         "w_gen": 1.0,
         "w_mcl": 0.2,
-        "per_device_train_batch_size": 16,
+        **_BOTH_TASKS,
     },
 }
 """Tried on the questions of the dev territories: candidate → arguments that differ."""
