@@ -3,7 +3,7 @@
 # make test-all   make test, then what it left out: the tests marked slow, whose reasons it prints
 # make test-real   fetch two real models (0.35 GB, kept in ~/.cache/shifcon_fast) and run the tests that need them
 # make sanitize   run the operator tests on CPU libraries compiled with address, undefined-behaviour and thread sanitizers
-# make bench  run the benchmarks of this device in at most MINUTES (30), and write the tables of docs/performance.md anew
+# make bench  run the benchmarks of this device in at most MINUTES (40), and write the tables of docs/performance.md anew
 # make performance   write those tables alone, from the records under benchmarks/results
 # make experiment   run what experiments/real_models lacks (hours; it goes on where it was stopped); make experiment-report
 # make architectures   write the table of docs/architectures.md anew, from the rows and their tests
@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo-output
-MINUTES ?= 30
+MINUTES ?= 40
 BIN    := $(VENV)/bin
 # Everything that decides what the environment holds; when one changes, the environment is brought up to date.
 INPUTS := pyproject.toml setup.py requirements.lock $(shell find csrc -type f -not -name "*.pyc" -not -name "*.md")

@@ -1,6 +1,6 @@
 """Run the benchmark suites of this device, within so many minutes; write results/<device>/ (``make bench``).
 
-    python benchmarks/bench.py [--minutes 30] [--suite NAME]... [--out DIR] [--smoke]
+    python benchmarks/bench.py [--minutes 40] [--suite NAME]... [--out DIR] [--smoke]
 
 A suite is a process of pytest-benchmark, and its record one JSON file. A suite that does not fit into the minutes
 that are left is not started, and said; what was there of it before stays. On the CPU operators are timed at the
@@ -53,12 +53,20 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TURNS = ("--turn-seconds", "10")
 CHECK = ("--turn-seconds", "3", "--cpu-clock")
 SUITES = (
-    Suite("operators", ("test_ratios.py",), 3, options=TURNS),
-    Suite("operators_avx2", ("test_ratios.py",), 3, AVX2, TURNS, devices=("cpu",)),
+    Suite("operators", ("test_ratios.py",), 2, options=TURNS),
+    Suite("operators_avx2", ("test_ratios.py",), 2, AVX2, TURNS, devices=("cpu",)),
     Suite("blocks", ("test_block.py",), 1),
     Suite("step", ("test_step.py",), 6, options=("-k", "not gemma3")),
     Suite("step_gemma3", ("test_step.py",), 8, options=("-k", "gemma3"), devices=("cpu",)),
     Suite("models", ("test_models.py",), 4, options=("--turn-seconds", "90")),
+    Suite(
+        "models_1_thread",
+        ("test_models.py",),
+        5,
+        ONE_THREAD,
+        ("--turn-seconds", "90", "--cpu-clock"),
+        ("cpu",),
+    ),
     Suite(
         "interventions", ("test_interventions.py",), 5, ONE_THREAD, ("--turn-seconds", "45", "--cpu-clock")
     ),
@@ -123,7 +131,7 @@ def run(suite: Suite, out: Path, seconds: float, smoke: bool) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="that all suites may take together")
+    parser.add_argument("--minutes", type=float, default=40.0, help="that all suites may take together")
     parser.add_argument("--suite", action="append", choices=[suite.name for suite in SUITES])
     parser.add_argument("--out", type=Path, help="folder of the records; results/<device> if not given")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round: do the suites work?")

@@ -389,7 +389,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         "*/blocks.json", {**_CASE, "transformers, shift by hooks": times("transformers, shift by hooks")}
     ),
     "models": Listing(
-        "*/models.json",
+        "*/models*.json",
         {
             **_CASE,
             "Decoding, on ÷ off": share("shift off"),

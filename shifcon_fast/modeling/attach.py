@@ -17,7 +17,7 @@ from shifcon_fast.modeling.adapters import adapted_module
 from shifcon_fast.modeling.architectures import Decoder, locate_decoder
 from shifcon_fast.modeling.attachment import ATTACHMENT, Attachment, unshifted
 from shifcon_fast.modeling.block_shift import SHIFT_TABLE, shift_table
-from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
+from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint, quantization_note
 from shifcon_fast.modeling.installation import (
     install,
     outermost_model,
@@ -29,6 +29,7 @@ from shifcon_fast.modeling.learned_alpha import as_learnt, learnt_alphas, start_
 from shifcon_fast.modeling.norms import NORM_COUNTS, NormCounts
 from shifcon_fast.modeling.spoken import Spoken, spoken
 from shifcon_fast.modeling.swap import HANDLES, original_class
+from shifcon_fast.notices import warn_once
 from shifcon_fast.space.intervention import InterventionName
 from shifcon_fast.space.language_shift import LanguageShift, Recipe, dose_warning
 from shifcon_fast.space.language_space import LanguageSpace
@@ -447,14 +448,16 @@ def _check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_
     _check_size(shift, decoder)
     made_with = shift.provenance.get("model")
     expected = made_with.get("fingerprint") if check_fingerprint and isinstance(made_with, dict) else None
-    differences = fingerprint_differences(expected, model_fingerprint(model)) if expected else []
-    if expected and differences:
+    found = model_fingerprint(model) if expected else {}
+    if expected and (differences := fingerprint_differences(expected, found)):
         origin = expected.get("name_or_path") or "another model"
         raise ValueError(
             f"space: it was estimated on {origin}, not on this model ({'; '.join(differences)}). "
             "Estimate a space on this model (shifcon profile), or pass check_fingerprint=False in Python if "
             "you know better."
         )
+    if expected and (note := quantization_note(expected, found)):
+        warn_once(note)
     if warning := dose_warning(shift):
         logger.warning("%s", warning)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,7 +50,37 @@ def test_a_four_bit_load_of_the_checkpoint_matches(tiny_checkpoint):
     quantised = AutoModelForCausalLM.from_pretrained(
         tiny_checkpoint, quantization_config=config, dtype=torch.bfloat16
     )
-    assert fingerprint_differences(model_fingerprint(full), model_fingerprint(quantised)) == []
+    ours, theirs = model_fingerprint(full), model_fingerprint(quantised)
+    assert fingerprint_differences(ours, theirs) == []
+    assert (ours["quantization"], theirs["quantization"]) == (None, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"load_in_8bit": True}, "int8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "nf4"),
+    ],
+)
+def test_the_way_of_quantising_is_noted(config, name, tiny_model):
+    model = tiny_model("llama")
+    model.config.quantization_config = config
+    assert model_fingerprint(model)["quantization"] == name
+
+
+def test_a_space_of_other_weights_is_told(tiny_model, random_space, caplog):
+    model = tiny_model("llama")
+    space = random_space(model)
+    alike, other, unknown = (model_fingerprint(model) for _ in range(3))
+    other["quantization"] = "nf4"
+    del unknown["quantization"]  # of a space that an earlier version made
+    for fingerprint, told in ((alike, False), (unknown, False), (other, True)):
+        caplog.clear()
+        made = replace(space, card={"model": {"fingerprint": fingerprint}})
+        attach(model, made, 1, 3).detach()
+        assert ("it was estimated on this model nf4, which is not quantised here" in caplog.text) == told
 
 
 @pytest.mark.parametrize("embedding", ["untouched", "adapted", "trained copy"])

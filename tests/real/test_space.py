@@ -87,3 +87,18 @@ def test_the_recommended_shift_does_not_destroy_smollm2(
         after = measure_perplexity(model, tokenizer, held_out, language="de", handle=handle).value
     assert "longer than a hidden state" not in caplog.text
     assert before < after < 5 * before
+
+
+def test_four_bits_move_the_vectors(
+    smollm2: Path, open_smollm2: Any, smollm2_space: LanguageSpace, text: dict[str, list[str]]
+) -> None:
+    """By what attaching speaks of where a space is used with other weights."""
+    from shifcon_fast.training.quantization import load_quantized
+
+    quantised = load_quantized(smollm2, None, "nf4", dtype=open_smollm2.model.dtype)
+    first = {code: sentences[:24] for code, sentences in text.items()}
+    space = sf.estimate_space(quantised, open_smollm2.tokenizer, first, subspaces=False, progress=False)
+    whole, moved = (each.mean[10, 1:] - each.mean[10, :1] for each in (smollm2_space, space))
+    relative = (moved - whole).norm(dim=-1) / whole.norm(dim=-1)
+    assert relative.min() > 0.04
+    assert relative.max() < 0.3

@@ -226,6 +226,7 @@ def test_every_suite_runs_in_small(tmp_path: Path) -> None:
         "step",
         "step_gemma3",
         "models",
+        "models_1_thread",
         "interventions",
         "check",
         "check_avx2",
