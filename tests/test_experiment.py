@@ -90,7 +90,8 @@ def test_the_order_gives_the_primary_measure_first(experiment: dict[str, ModuleT
     runs = arms.runs()
     assert len(set(runs)) == len(runs) == 2 * (1 + 5 + 5 + 3 * (len(arms.ARMS) - 2))
     assert [arm for _, arm, _ in runs[:6]] == ["base", "base", "plain", "shifcon", "plain", "shifcon"]
-    assert arms.fingerprint(MODEL, "plain") != arms.fingerprint(MODEL, "shifcon")
+    made = {arm: arms.fingerprint(MODEL, arm) for arm in arms.ARMS | arms.CANDIDATES}
+    assert len(set(made.values())) == len(made)
     assert set(arms.SEEDS["shifcon"]) == {1, 2, 3, 4, 5}
 
 
@@ -122,6 +123,10 @@ def test_train_and_test_share_no_territory(experiment: dict[str, ModuleType], sh
     facts = experiment["one_run"].instructions("plain", shifcon_data)
     both = experiment["one_run"].instructions("translation", shifcon_data)
     assert both[::2] == facts
+    prompts = experiment["one_run"].prompts()
+    assert [row["prompt"] for row in facts] == [
+        each for row in zip(*prompts.values(), strict=True) for each in row
+    ]
     assert sum(row["prompt"].startswith("Translate into") for row in both) == len(facts)
     asked = {
         each.text.splitlines()[0].partition(":")[2].strip() for each in experiment["stored"].questions("test")

@@ -61,21 +61,20 @@ ARMS: dict[str, dict[str, Any]] = {
 
 SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
 
+_AFP = {"shift": False, "mcl_mode": "unshifted"}
+_LIGHT = {"w_gen": 1.0, "w_mcl": 0.2}
+
 CANDIDATES: dict[str, dict[str, Any]] = {
+    "shifcon-light": _LIGHT,
     "shifcon-anchored": {"anchor_pivot": True},
     "shifcon-distilled": {"w_distillation": 1.0},
     "shifcon-replayed": {"w_replay": 1.0},
-    "shifcon-learnt": {"learn_alpha": True},
-    "afp": {"shift": False, "mcl_mode": "unshifted"},
-    "afp-anchored": {"shift": False, "mcl_mode": "unshifted", "anchor_pivot": True},
-    "afp-light": {"shift": False, "mcl_mode": "unshifted", "w_gen": 1.0, "w_mcl": 0.2},
-    "afp-translation": {
-        "shift": False,
-        "mcl_mode": "unshifted",
-        "w_gen": 1.0,
-        "w_mcl": 0.2,
-        **_BOTH_TASKS,
-    },
+    "shifcon-questions": _LIGHT,
+    "afp": _AFP,
+    "afp-anchored": {**_AFP, "anchor_pivot": True},
+    "afp-light": {**_AFP, **_LIGHT},
+    "afp-questions": {**_AFP, **_LIGHT},
+    "afp-translation": {**_AFP, **_LIGHT, **_BOTH_TASKS},
 }
 """Tried on the questions of the dev territories: candidate → arguments that differ."""
 
@@ -83,6 +82,9 @@ SEARCH_SEEDS = (101,)
 
 WITH_TRANSLATIONS = ("translation", "afp-translation")
 """Those whose instructions hold the translation pairs too."""
+
+ON_QUESTIONS = ("shifcon-questions", "afp-questions")
+"""Those whose language space and contrastive pairs are the prompts of the instructions, which are parallel too."""
 
 
 def runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
@@ -126,7 +128,7 @@ def arguments(model: str, arm: str) -> dict[str, Any]:
 
 def fingerprint(model: str, arm: str) -> str:
     """SHA-256 of all that decides a run's result but for its seed, the software and the data files."""
-    made_of = {
+    made_of: dict[str, Any] = {
         "protocol": PROTOCOL,
         "model": model,
         "languages": LANGUAGES,
@@ -136,4 +138,6 @@ def fingerprint(model: str, arm: str) -> str:
         "lora": LORA,
         "arguments": arguments(model, arm) if arm != BASE else None,
     }
+    if arm in ON_QUESTIONS:
+        made_of["parallel"] = "questions"
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from arms import (
     FLORES_ROWS,
     LANGUAGES,
     LORA,
+    ON_QUESTIONS,
     PIVOT,
     SENTENCES,
     SPACE_ROWS,
@@ -62,14 +63,19 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
     from fetch import fetch
 
     folder: Path = fetch(model, None)
-    for recipe in ("stable", "official"):
-        place = _space_folder(work, model, recipe)
+    texts = {
+        "stable": lambda: _rows(data / "ntrex128.jsonl", SPACE_ROWS),
+        "official": lambda: _rows(data / "ntrex128.jsonl", SPACE_ROWS),
+        "questions": prompts,
+    }
+    for name, text in texts.items():
+        place = _space_folder(work, model, name)
         if (place / "language_space.json").is_file():
             continue
         loaded = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
         loaded.config._name_or_path = model  # the folder's place is this machine's
-        text = _rows(data / "ntrex128.jsonl", SPACE_ROWS)
-        space = estimate_space(loaded, AutoTokenizer.from_pretrained(folder), text, PIVOT, recipe=recipe)  # type: ignore[arg-type]
+        recipe = "official" if name == "official" else "stable"
+        space = estimate_space(loaded, AutoTokenizer.from_pretrained(folder), text(), PIVOT, recipe=recipe)
         space.save(place)
     return folder
 
@@ -154,8 +160,10 @@ def train(
         args,
         processing_class=tokenizer,
         train_dataset=instructions(arm, data),
-        parallel=translations(data),
-        space=LanguageSpace.load(_space_folder(work, model, args.recipe)),
+        parallel=prompts() if arm in ON_QUESTIONS else translations(data),
+        space=LanguageSpace.load(
+            _space_folder(work, model, "questions" if arm in ON_QUESTIONS else args.recipe)
+        ),
     )
     assert trainer.handle is not None
     dose = {code: [round(each, 4) for each in trainer.handle.shift.dose(code)] for code in WEAK}
@@ -179,6 +187,12 @@ def instructions(arm: str, data: Path) -> list[dict[str, str]]:
     return [row for pair in zip(facts, tasks, strict=True) for row in pair]
 
 
+def prompts() -> dict[str, list[str]]:
+    """Those of the train territories' facts: the same questions in every language, in the same order."""
+    facts = cldr_instructions(LANGUAGES, split="train")
+    return {code: [row["prompt"] for row in facts if row["lang"] == code] for code in LANGUAGES}
+
+
 def translations(data: Path) -> dict[str, list[str]]:
     """The rows whose sentence is shortest in the pivot, in the order of the data."""
     text = _rows(data / "ntrex128.jsonl", TRANSLATION_ROWS)
@@ -193,5 +207,5 @@ def _rows(path: Path, rows: range) -> dict[str, list[str]]:
     }
 
 
-def _space_folder(work: Path, model: str, recipe: str) -> Path:
-    return work / "spaces" / f"{model}-{recipe}"
+def _space_folder(work: Path, model: str, name: str) -> Path:
+    return work / "spaces" / f"{model}-{name}"
