@@ -74,6 +74,11 @@ class ShardedTrainer:
         check_processes(self.accelerator)
         if engage_fsdp(self.accelerator, self.args.fsdp_plugin_args):
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and self.args.predicts_pivot:
+            raise ValueError(
+                "w_replay, w_distillation: not under FSDP, whose weights are gathered for the model's own forward "
+                "alone; wanted 0, or another way to train on several devices (DDP)"
+            )
 
 
 class CheckUnits(TrainerCallback):

@@ -250,6 +250,7 @@ def test_processes_with_unequal_numbers_of_streamed_rows(together: Path) -> None
         ("checkpointing", "fsdp_activation_checkpointing: .* without their shift"),
         ("ram", "fsdp_cpu_ram_efficient_loading: .* have no weights"),
         ("alpha", "learn_alpha: not under FSDP or DeepSpeed"),
+        ("distillation", "w_replay, w_distillation: not under FSDP"),
         ("bytes", r"4-bit weight .* is stored as torch.uint8, .* quant_storage"),
     ],
 )

@@ -173,11 +173,12 @@ def refusals() -> None:
         "ram": ({"cpu_ram_efficient_loading": True}, {}),
         "bytes": ({}, {"quantization": "nf4", "quant_storage": torch.uint8}),
         "alpha": ({}, {}),
+        "distillation": ({}, {}),
     }
+    asked: dict[str, dict[str, Any]] = {"alpha": {"learn_alpha": True}, "distillation": {"w_distillation": 1.0}}
     for name, (fsdp, model) in cases.items():
-        learns = {"learn_alpha": True} if name == "alpha" else {}
         try:
-            make(name, load(**model), fsdp=True, fsdp_config=fsdp, **learns).train()
+            make(name, load(**model), fsdp=True, fsdp_config=fsdp, **asked.get(name, {})).train()
         except ValueError as error:
             found[name] = str(error)
     write("refused", found)
