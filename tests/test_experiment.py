@@ -79,7 +79,8 @@ def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPath
     made_of = [("base", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("shifcon", 1), ("shifcon", 3)]
     made_of += [("base", 101), ("plain", 101), ("afp", 101)]
     for arm, seed in made_of:
-        known = {"model": MODEL, "arm": arm, "seed": seed, "processor": "one", "training_seconds": 90.0}
+        known = {"model": MODEL, "arm": arm, "seed": seed, "training_seconds": 90.0}
+        known["dose"] = {"sw": [0.25, 0.5]}
         made = evaluation(experiment["stored"], arm, seed)
         experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
     return folder
@@ -181,6 +182,8 @@ def test_the_report_is_made_of_what_there_is(
     row = next(line for line in text.splitlines() if line.startswith("| shifcon | 2 |"))
     assert "points \\[" in row
     assert any(line.startswith("| afp | 1 |") for line in text.splitlines())
+    assert "| shifcon | 1.00 | 1.00 | 0.25 | 0.50 | 1.5 |" in text
+    assert "| plain | 1.00 | 1.00 | 0.25 | – | 1.5 |" in text
     assert text.count("*Not measured.*") == 2  # the other model's, and its search
     again = experiment["report"].write(results, tmp_path, document)
     assert (said, text) == (again, document.read_text(encoding="utf-8"))

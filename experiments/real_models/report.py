@@ -10,13 +10,14 @@ What the document says between its marks is replaced; what stands around them wa
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, runs, search_runs
+from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, arguments, runs, search_runs
 from page_regions import filled
 from run import RESULTS, is_done, result_file
 from stored import read_run
@@ -66,11 +67,15 @@ def write(results: Path, output: Path, document: Path) -> str:
         held = read_runs(results, planned)
         counted.append(f"{model}: {sum(map(len, held.values()))} of {len(planned)} runs")
         if (comparison := compared(held)) is not None:
-            for section in [*comparison_sections(comparison), cost_section(held)]:
+            for section in [
+                *comparison_sections(comparison),
+                Section("Besides", [Table(BESIDES, besides(comparison, held))]),
+            ]:
                 pages.append(Section(f"{model}: {section.heading}", section.blocks))
-            text = filled(text, COMMAND, {model: markdown_of(comparison, held)})
-            picture = forest_plot(differences(comparison), xlabel="points, against plain QLoRA")
-            write_file(IMAGES / f"does_it_help_{model}.svg", picture)
+            picture = IMAGES / f"does_it_help_{model}.svg"
+            write_file(picture, forest_plot(differences(comparison), xlabel="points, against plain QLoRA"))
+            shown = f"![Every arm against plain QLoRA, in points](images/{picture.name})"
+            text = filled(text, COMMAND, {model: f"{shown}\n\n{markdown_of(comparison, held)}"})
         tried = read_runs(results, [run for run in search_runs() if run[0] == model])
         if (comparison := compared(tried)) is not None:
             text = filled(text, COMMAND, {f"{model}, the search": markdown_of(comparison, tried)})
@@ -114,7 +119,7 @@ def differences(comparison: SystemComparison) -> dict[str, dict[str, Interval]]:
 
 
 def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> str:
-    """The document's table of one model."""
+    """The document's tables of one model."""
     rows = []
     for arm in comparison.systems:
         row = [arm, str(len(held[arm]))]
@@ -122,38 +127,56 @@ def markdown_of(comparison: SystemComparison, held: dict[str, list[tuple[Any, di
         compared = arm in comparison.contenders
         for codes in (list(WEAK), [PIVOT]):
             row.append(points(comparison.difference(arm, PLAIN, codes)) if compared else "–")
-        row.append(f"{_mean_seconds(held[arm]) / 60:.1f}")
         rows.append(row)
-    header = [
-        "arm",
-        "seeds",
-        "weak languages",
-        PIVOT,
-        "weak, against plain",
-        f"{PIVOT}, against plain",
-    ]
+    header = ["arm", "seeds", "weak languages", PIVOT, "weak, against plain", f"{PIVOT}, against plain"]
     by_language = [
         [arm, *(f"{100 * comparison.share(arm, [code]).estimate:.1f}" for code in (PIVOT, *WEAK))]
         for arm in comparison.systems
     ]
     return "\n\n".join(
-        [table([*header, "minutes of a core"], rows), table(["right, %", PIVOT, *WEAK], by_language)]
+        [
+            table(header, rows),
+            table(["right, %", PIVOT, *WEAK], by_language),
+            table(BESIDES, besides(comparison, held)),
+        ]
     )
 
 
-def cost_section(held: dict[str, list[tuple[Any, dict[str, Any]]]]) -> Section:
-    """Time and dose of the arms."""
+BESIDES = [
+    "arm",
+    "perplexity ÷ plain, weak",
+    f"… {PIVOT}",
+    "MEXA, weak",
+    "largest dose",
+    "minutes of a core",
+]
+
+
+def besides(
+    comparison: SystemComparison, held: dict[str, list[tuple[Any, dict[str, Any]]]]
+) -> list[list[str]]:
+    """What else was measured of every arm, a row each: language modelling, retrieval, dose and time."""
     rows = []
     for arm, found in held.items():
-        _, known = found[0]
-        doses = known.get("dose", {})
-        largest = max((max(each) for each in doses.values()), default=None)
-        dose = "–" if largest is None else f"{largest:.2f}"
-        processors = ", ".join(sorted({run["processor"] for _, run in found}))
-        rows.append([arm, f"{_mean_seconds(found) / 60:.1f}", dose, processors])
-    return Section(
-        "Cost", [Table(["arm", "minutes of training, of a core", "largest dose", "processor"], rows)]
-    )
+        ratios = [
+            math.exp(comparison.log_perplexity(arm, PLAIN, codes).estimate) for codes in (list(WEAK), [PIVOT])
+        ]
+        mexa = [known["mexa"][code] for _, known in found for code in WEAK]
+        middle = [curve[len(curve) // 2] for curve in mexa]
+        shifted = [
+            known for _, known in found if arm != BASE and arguments(known["model"], arm).get("shift", True)
+        ]
+        doses = [dose for known in shifted for both in known["dose"].values() for dose in both]
+        rows.append(
+            [
+                arm,
+                *(f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in ratios),
+                f"{sum(middle) / len(middle):.2f}",
+                f"{max(doses):.2f}" if doses else "–",
+                f"{_mean_seconds(found) / 60:.1f}",
+            ]
+        )
+    return rows
 
 
 def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:
