@@ -5,7 +5,7 @@ The LM head and its loss, forward and backward, of the shapes of SmolLM2-135M an
 
 * ``all logits``: the head on every token, and cross entropy of the logits in float32, as transformers has it.
 * ``learnt logits``: the same for the learnt tokens alone.
-* ``chunked``: ``shifcon_fast.training.chunked_cross_entropy``, with the sums of each language.
+* ``chunked``: ``shifcon_fast.training.losses.chunked_cross_entropy``, with the sums of each language.
 
 Times are medians in turns, in one process for each shape. Memory is what the peak of the process's resident set
 grows by in one forward and backward, in a process for each way. Writes JSON.
@@ -31,7 +31,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from machine import machine
 
-from shifcon_fast.training.chunked_cross_entropy import chunked_cross_entropy, way
+from shifcon_fast.training.losses.chunked_cross_entropy import chunked_cross_entropy, way
 
 SHAPES = {"SmolLM2-135M": (49152, 576), "Gemma-3-270M": (262144, 640)}
 TOKENS, LANGUAGES = 512, 4

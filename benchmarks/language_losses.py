@@ -17,7 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shifcon_fast.training.language_losses import LanguageLosses, token_losses
+from shifcon_fast.training.losses.language_losses import LanguageLosses, token_losses
 
 ROWS, TOKENS, REPEATS = 4, 128, 5
 

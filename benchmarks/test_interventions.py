@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import shifcon_fast as sf
 from shifcon_fast import ops
 from shifcon_fast.objective.early_gradient import with_gradient_now
-from shifcon_fast.training.loss_without_logits import LossWithoutLogits
+from shifcon_fast.training.losses.loss_without_logits import LossWithoutLogits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "step"))
 STEP_MODEL, VARIANTS = importlib.import_module("model"), importlib.import_module("variants")

@@ -26,7 +26,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from shifcon_fast.data.instructions import Instruction
-from shifcon_fast.training.instruction_data import InstructionDataset
+from shifcon_fast.training.batches.instruction_data import InstructionDataset
 
 MAX_LENGTH = 512
 
@@ -82,8 +82,8 @@ def main() -> None:
 
     found = {"list of instructions": measure(in_memory)}
     try:
-        from shifcon_fast.training.instruction_data import ExampleEncoder
-        from shifcon_fast.training.prepared_data import prepare
+        from shifcon_fast.training.batches.instruction_data import ExampleEncoder
+        from shifcon_fast.training.batches.prepared_data import prepare
     except ImportError:  # before data sets were mapped
         pass
     else:

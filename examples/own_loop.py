@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 import shifcon_fast as sf
 from shifcon_fast.data import read_instructions, read_parallel
 from shifcon_fast.data.chat_template import end_of_turn
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
-from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
-from shifcon_fast.training.run_folder import RunState, save_run
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.batches.instruction_data import InstructionCollator, InstructionDataset
+from shifcon_fast.training.run.run_folder import RunState, save_run
 
 
 def main(name: str, instructions: str, parallel: str, output: str, steps: int = 100) -> list[float]:

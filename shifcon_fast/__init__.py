@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from shifcon_fast.space.language_space import LanguageSpace as LanguageSpace
     from shifcon_fast.training.arguments import ShifConArguments as ShifConArguments
     from shifcon_fast.training.dpo import ShifConDPOTrainer as ShifConDPOTrainer
-    from shifcon_fast.training.quantization import load_quantized as load_quantized
-    from shifcon_fast.training.run_folder import load as load
+    from shifcon_fast.training.run.run_folder import load as load
     from shifcon_fast.training.sft import ShifConSFTConfig as ShifConSFTConfig
     from shifcon_fast.training.sft import ShifConSFTTrainer as ShifConSFTTrainer
     from shifcon_fast.training.trainer import ShifConTrainer as ShifConTrainer
+    from shifcon_fast.training.weights.quantization import load_quantized as load_quantized
 
 _HOME = {
     "LanguageSpace": "shifcon_fast.space.language_space",
@@ -38,8 +38,8 @@ _HOME = {
     "ShifConTrainer": "shifcon_fast.training.trainer",
     "attach": "shifcon_fast.modeling.attach",
     "estimate_space": "shifcon_fast.modeling.estimate_space",
-    "load": "shifcon_fast.training.run_folder",
-    "load_quantized": "shifcon_fast.training.quantization",
+    "load": "shifcon_fast.training.run.run_folder",
+    "load_quantized": "shifcon_fast.training.weights.quantization",
     "mcl_loss": "shifcon_fast.objective.mcl",
     "recommend_area": "shifcon_fast.space.area",
     "sweep_area": "shifcon_fast.evaluation.sweep",

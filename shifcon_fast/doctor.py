@@ -15,7 +15,7 @@ from shifcon_fast import _native, ops
 from shifcon_fast.extras import EXTRAS
 
 if TYPE_CHECKING:
-    from shifcon_fast.training.step_plan import StepPlan
+    from shifcon_fast.training.weights.step_plan import StepPlan
 
 PACKAGES = (
     "shifcon-fast",
@@ -91,8 +91,8 @@ def extras() -> dict[str, str]:
 
 def dtypes() -> dict[str, dict[str, Any]]:
     """By quantisation: GFLOP/s in float32 and bfloat16, and "chosen", for checkpoints stored in 16 bits."""
-    from shifcon_fast.training import linear_speed
-    from shifcon_fast.training.quantization import nf4_problem
+    from shifcon_fast.training.weights import linear_speed
+    from shifcon_fast.training.weights.quantization import nf4_problem
 
     found: dict[str, dict[str, Any]] = {}
     for quantization in ("none",) if nf4_problem(torch.device("cpu")) else ("nf4", "none"):
@@ -117,7 +117,7 @@ def examine() -> dict[str, Any]:
     :func:`extras` says.
     """
     # transformers, peft and bitsandbytes come with it, which the rest of this file does without.
-    from shifcon_fast.training.quantization import nf4_problem
+    from shifcon_fast.training.weights.quantization import nf4_problem
 
     present = devices()
     return {
@@ -148,8 +148,8 @@ def plan(
     Raises:
         ValueError: a value out of range, no such model, or one boundary without the other.
     """
-    from shifcon_fast.training.quantization import read_dtype
-    from shifcon_fast.training.step_plan import StepShape, plan_step
+    from shifcon_fast.training.weights.quantization import read_dtype
+    from shifcon_fast.training.weights.step_plan import StepShape, plan_step
 
     if (forward is None) != (backward is None):
         raise ValueError(f"forward, backward: got {forward} and {backward}; wanted both, or neither")

@@ -24,9 +24,9 @@ from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.spoken import AUTO, NO_ROUTER
 from shifcon_fast.opening import is_run, run_tokenizer
 from shifcon_fast.space.language_shift import LanguageShift
-from shifcon_fast.training.run_card import RunCard, read_card
-from shifcon_fast.training.run_folder import load
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run.run_card import RunCard, read_card
+from shifcon_fast.training.run.run_folder import load
+from shifcon_fast.training.run.shift_file import read_shift
 from shifcon_fast.version import package_versions
 
 with needed_for("lm-evaluation-harness's --model shifcon"):

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from shifcon_fast.data.chat_template import NOTHING_ENDS_A_TURN, end_of_turn, stopping_ids
 from shifcon_fast.notices import warn_once
-from shifcon_fast.training.checkpoints import CARD, list_checkpoints
-from shifcon_fast.training.generation import stop_at
-from shifcon_fast.training.quantization import load_quantized, read_dtype
-from shifcon_fast.training.run_card import RunCard, read_card
-from shifcon_fast.training.run_folder import load
+from shifcon_fast.training.run.checkpoints import CARD, list_checkpoints
+from shifcon_fast.training.run.generation import stop_at
+from shifcon_fast.training.run.run_card import RunCard, read_card
+from shifcon_fast.training.run.run_folder import load
+from shifcon_fast.training.weights.quantization import load_quantized, read_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def open_model(
         name: which.
         quantization: "nf4" or "none"; None takes what a run was trained with, and nf4 for other models.
         dtype: "float32", "bfloat16" or "float16"; None takes what a run was trained in, and what is best here for
-            other models (see :func:`~shifcon_fast.training.quantization.load_quantized`).
+            other models (see :func:`~shifcon_fast.training.weights.quantization.load_quantized`).
         trust_remote_code: run code that comes with the model.
         base: the base model of a run, if it is no longer where it was.
 

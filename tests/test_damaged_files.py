@@ -34,12 +34,12 @@ from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import sha256_file, write_json
 from shifcon_fast.training.attaching import check_same_run
-from shifcon_fast.training.checkpoints import list_checkpoints
 from shifcon_fast.training.config import parse_config
 from shifcon_fast.training.language_vectors import load_vectors
-from shifcon_fast.training.run_card import read_card
-from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run.checkpoints import list_checkpoints
+from shifcon_fast.training.run.run_card import read_card
+from shifcon_fast.training.run.run_folder import RunState, save_run
+from shifcon_fast.training.run.shift_file import read_shift
 
 SEED = 20250711
 

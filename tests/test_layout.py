@@ -22,6 +22,8 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
+TRAINING = ("arguments", "losses", "weights", "batches", "run")
+"""The rooms of ``training``, and what they have in common; the files beside them import from all."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -53,6 +55,21 @@ def test_imports_point_downwards() -> None:
         for other, line in imported_rooms(file):
             if other not in (room, "kernels") and FLOOR.get(other, 0) >= FLOOR[room]:
                 problems.append(f"{file.relative_to(PACKAGE)}:{line} imports {other}")
+    assert problems == []
+
+
+def test_the_rooms_of_training_import_from_those_before_them() -> None:
+    problems = []
+    for file in sorted((PACKAGE / "training").rglob("*.py")):
+        room = file.relative_to(PACKAGE / "training").with_suffix("").parts[0]
+        if room not in TRAINING:
+            continue
+        for module in re.findall(
+            r"from shifcon_fast\.training\.([\w.]+) import", file.read_text(encoding="utf-8")
+        ):
+            other = module.partition(".")[0]
+            if other not in TRAINING[: TRAINING.index(room) + 1]:
+                problems.append(f"{file.relative_to(PACKAGE)} imports {module}")
     assert problems == []
 
 

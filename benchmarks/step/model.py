@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
-from shifcon_fast.training.checkpointing import enable_gradient_checkpointing
-from shifcon_fast.training.quantization import keep_4bit_trainable
+from shifcon_fast.training.weights.checkpointing import enable_gradient_checkpointing
+from shifcon_fast.training.weights.quantization import keep_4bit_trainable
 
 
 def build(

@@ -26,7 +26,7 @@ from shifcon_fast.modeling import boundaries
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.objective.early_gradient import with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_from_representations
-from shifcon_fast.training.loss_without_logits import LossWithoutLogits
+from shifcon_fast.training.losses.loss_without_logits import LossWithoutLogits
 
 W_GEN, W_MCL, TEMPERATURE = 0.5, 2.0, 1.0
 PIVOT = "en"

@@ -44,8 +44,8 @@ from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.training.weights.quantization import load_quantized
 from shifcon_fast.version import package_versions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "real_models"

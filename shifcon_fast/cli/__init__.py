@@ -46,6 +46,6 @@ app.command()(train.demo)
 def main() -> None:
     """Entry point of the ``shifcon`` command."""
     # On CPUs with AVX512-BF16 bitsandbytes advises, at every start, to install a kernel that we keep switched off
-    # (training/quantization.py says why).
+    # (training/weights/quantization.py says why).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app()

@@ -31,7 +31,7 @@ from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.system_comparison import ItemOutcome, SystemComparison
 from shifcon_fast.evaluation.systems_table import systems_table
 from shifcon_fast.storage import read_json, write_json
-from shifcon_fast.training.run_folder import LOG
+from shifcon_fast.training.run.run_folder import LOG
 
 _SETTINGS = "demo.json"
 _GROUPS = {"english_only": "seen only in English", "stated": "seen in every language"}

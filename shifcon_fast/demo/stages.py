@@ -26,10 +26,10 @@ from shifcon_fast.space.area import Area, recommend_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import read_json, replacing, write_json
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.checkpoints import CARD, list_checkpoints
-from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import load
+from shifcon_fast.training.run.checkpoints import CARD, list_checkpoints
+from shifcon_fast.training.run.run_folder import load
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.training.weights.quantization import load_quantized
 
 BEFORE = "before"
 _AREA = "area.json"

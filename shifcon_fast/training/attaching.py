@@ -13,10 +13,10 @@ from shifcon_fast.modeling.attach import ShiftHandle, attach
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training.adapter_files import adapter_to_save
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.checkpoints import CARD, read_trainer_state
-from shifcon_fast.training.run_card import read_card
+from shifcon_fast.training.run.checkpoints import CARD, read_trainer_state
+from shifcon_fast.training.run.run_card import read_card
+from shifcon_fast.training.weights.adapter_files import adapter_to_save
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.early_gradient import can_go_early, with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
-from shifcon_fast.training.pivot_keeping import (
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.losses.pivot_keeping import (
     ANCHOR,
     anchor_loss,
     base_representations,

@@ -11,11 +11,11 @@ from shifcon_fast.data.chat_template import end_of_turn
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.extras import needed_for
 from shifcon_fast.modeling.attach import ShiftHandle
-from shifcon_fast.training.language_column import LanguageCollator
-from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer, gather_weights
-from shifcon_fast.training.training_data import text_tokenizer
-from shifcon_fast.training.trl_columns import LanguageColumns, add_language_ids
+from shifcon_fast.training.batches.language_column import LanguageCollator
+from shifcon_fast.training.batches.training_data import text_tokenizer
+from shifcon_fast.training.batches.trl_columns import LanguageColumns, add_language_ids
+from shifcon_fast.training.run.run_folder import RunState, save_run
+from shifcon_fast.training.weights.sharding import CheckUnits, ShardedTrainer, gather_weights
 
 with needed_for("ShifConDPOTrainer"):
     from trl import DPOConfig, DPOTrainer

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from shifcon_fast.training.checkpoints import list_checkpoints
-from shifcon_fast.training.loss_meter import OnItsWay
+from shifcon_fast.training.losses.loss_meter import OnItsWay
+from shifcon_fast.training.run.checkpoints import list_checkpoints
 
 logger = logging.getLogger(__name__)
 

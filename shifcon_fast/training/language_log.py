@@ -10,9 +10,14 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from shifcon_fast.notices import warn_once
-from shifcon_fast.training.language_losses import LanguageLosses, LanguageSums, TokenLosses, token_losses
-from shifcon_fast.training.learnt_tokens import take_learnt
-from shifcon_fast.training.loss_without_logits import (
+from shifcon_fast.training.losses.language_losses import (
+    LanguageLosses,
+    LanguageSums,
+    TokenLosses,
+    token_losses,
+)
+from shifcon_fast.training.losses.learnt_tokens import take_learnt
+from shifcon_fast.training.losses.loss_without_logits import (
     LossWithoutLogits,
     loss_without_logits,
     say_why_with_logits,

@@ -10,8 +10,8 @@ from torch import nn
 
 from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.run_card import read_card
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run.run_card import read_card
+from shifcon_fast.training.run.shift_file import read_shift
 
 
 class AlphaTrainer:

@@ -15,15 +15,15 @@ from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import replacing, staging_folder
-from shifcon_fast.training.adapter_files import shift_is_not_lost
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import check_same_run
-from shifcon_fast.training.checkpoints import CARD, rotate
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.batches.training_data import TrainingData
 from shifcon_fast.training.language_vectors import VECTORS, load_vectors
-from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.sharding import gather_weights
-from shifcon_fast.training.training_data import TrainingData
+from shifcon_fast.training.run.checkpoints import CARD, rotate
+from shifcon_fast.training.run.run_folder import RunState, save_run
+from shifcon_fast.training.weights.adapter_files import shift_is_not_lost
+from shifcon_fast.training.weights.sharding import gather_weights
 
 
 class SavingTrainer:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from shifcon_fast.extras import needed_for
 from shifcon_fast.notices import warn_once
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.language_column import PER_EXAMPLE, PER_TOKEN, LanguageCollator
-from shifcon_fast.training.language_losses import TokenLosses
-from shifcon_fast.training.prepared_data import column_names
+from shifcon_fast.training.batches.language_column import PER_EXAMPLE, PER_TOKEN, LanguageCollator
+from shifcon_fast.training.batches.prepared_data import column_names
+from shifcon_fast.training.batches.training_data import TrainingData, name_languages
+from shifcon_fast.training.batches.trl_columns import LanguageColumns, add_language_ids
+from shifcon_fast.training.losses.language_losses import TokenLosses
 from shifcon_fast.training.trainer import ShifConTrainer
-from shifcon_fast.training.training_data import TrainingData, name_languages
-from shifcon_fast.training.trl_columns import LanguageColumns, add_language_ids
 
 with needed_for("ShifConSFTTrainer"):
     from trl import SFTConfig, SFTTrainer, pack_dataset

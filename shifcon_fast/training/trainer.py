@@ -18,32 +18,32 @@ from shifcon_fast.data.parallel import Parallel, read_parallel
 from shifcon_fast.notices import warn_once
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training.adapter_files import warn_of_what_is_not_saved
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import attach_for_training
-from shifcon_fast.training.checkpointing import choose_checkpointing
-from shifcon_fast.training.checkpoints import CARD, last_checkpoint
+from shifcon_fast.training.batches.contrastive_data import make_sampler
+from shifcon_fast.training.batches.prepared_data import Instructions
+from shifcon_fast.training.batches.training_data import TrainingData, read_training_data, text_tokenizer
 from shifcon_fast.training.compiling import KeepCompilable
-from shifcon_fast.training.contrastive_data import make_sampler
 from shifcon_fast.training.contrastive_step import ContrastiveTrainer
 from shifcon_fast.training.following import FollowingTrainer
-from shifcon_fast.training.generation import stop_at
 from shifcon_fast.training.interruption import InterruptibleTrainer
 from shifcon_fast.training.language_log import LanguageLog
 from shifcon_fast.training.learning_alpha import AlphaTrainer
-from shifcon_fast.training.liger import check_liger, name_language_ids
-from shifcon_fast.training.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
-from shifcon_fast.training.pivot_keeping import (
+from shifcon_fast.training.losses.liger import check_liger, name_language_ids
+from shifcon_fast.training.losses.loss_meter import FiniteWatch, LossMeter, NonFiniteLossError
+from shifcon_fast.training.losses.pivot_keeping import (
     ANCHOR,
     DISTILLATION,
     REPLAY,
 )
-from shifcon_fast.training.prepared_data import Instructions
-from shifcon_fast.training.quantization import keep_4bit_trainable
-from shifcon_fast.training.run_readme import RunReadme
+from shifcon_fast.training.run.checkpoints import CARD, last_checkpoint
+from shifcon_fast.training.run.generation import stop_at
+from shifcon_fast.training.run.run_readme import RunReadme
 from shifcon_fast.training.saving import SavingTrainer
-from shifcon_fast.training.sharding import CheckUnits, ShardedTrainer
-from shifcon_fast.training.training_data import TrainingData, read_training_data, text_tokenizer
+from shifcon_fast.training.weights.adapter_files import warn_of_what_is_not_saved
+from shifcon_fast.training.weights.checkpointing import choose_checkpointing
+from shifcon_fast.training.weights.quantization import keep_4bit_trainable
+from shifcon_fast.training.weights.sharding import CheckUnits, ShardedTrainer
 
 logger = logging.getLogger(__name__)
 

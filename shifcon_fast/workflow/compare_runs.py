@@ -10,7 +10,7 @@ from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.evaluation.sections import comparison_sections, settings_section
 from shifcon_fast.evaluation.system_comparison import compare_results
 from shifcon_fast.evaluation.systems_table import systems_table
-from shifcon_fast.training.checkpoints import CARD
+from shifcon_fast.training.run.checkpoints import CARD
 
 SYSTEMS_FILE = "systems.json"
 _EVALUATION = "evaluation"

@@ -13,10 +13,10 @@ from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.export.model_card import README, CardOptions, is_written_by_hand
 from shifcon_fast.extras import MissingExtraError
 from shifcon_fast.storage import read_json, write_file
-from shifcon_fast.training.run_card import RunCard, read_card
-from shifcon_fast.training.run_folder import LOG
-from shifcon_fast.training.run_readme import write_readme
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run.run_card import RunCard, read_card
+from shifcon_fast.training.run.run_folder import LOG
+from shifcon_fast.training.run.run_readme import write_readme
+from shifcon_fast.training.run.shift_file import read_shift
 
 LOSS_PLOT = "loss.png"
 

@@ -20,7 +20,7 @@ from shifcon_fast.evaluation.result import FILE_NAME, EvaluationResult
 from shifcon_fast.opening import is_run, open_model
 from shifcon_fast.storage import replacing
 from shifcon_fast.tables import comparison_table, result_table
-from shifcon_fast.training.run_card import read_card
+from shifcon_fast.training.run.run_card import read_card
 
 AGAINST = "against"
 BESIDE_EVALUATION = (COMPARISON, f"{AGAINST}/{FILE_NAME}")

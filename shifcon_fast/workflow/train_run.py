@@ -21,12 +21,12 @@ from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import remove, retract
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.attaching import choose_area
-from shifcon_fast.training.checkpoints import CARD, last_checkpoint, list_checkpoints
 from shifcon_fast.training.config import RunConfig
-from shifcon_fast.training.quantization import load_quantized, read_dtype
-from shifcon_fast.training.run_card import ADAPTER, read_card
-from shifcon_fast.training.run_folder import FILES, PROFILE
+from shifcon_fast.training.run.checkpoints import CARD, last_checkpoint, list_checkpoints
+from shifcon_fast.training.run.run_card import ADAPTER, read_card
+from shifcon_fast.training.run.run_folder import FILES, PROFILE
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.training.weights.quantization import load_quantized, read_dtype
 from shifcon_fast.workflow.evaluate_model import BESIDE_EVALUATION
 
 

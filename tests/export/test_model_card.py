@@ -27,10 +27,10 @@ from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.export.model_card import README, CardOptions, is_written_by_hand, model_card
 from shifcon_fast.export.support import supported_targets
 from shifcon_fast.markdown import block, code, prose, table
-from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_card import read_card
-from shifcon_fast.training.run_folder import RunState, save_run
-from shifcon_fast.training.shift_file import read_shift
+from shifcon_fast.training.run.run_card import read_card
+from shifcon_fast.training.run.run_folder import RunState, save_run
+from shifcon_fast.training.run.shift_file import read_shift
+from shifcon_fast.training.weights.quantization import load_quantized
 
 # Names as a file system takes them and Markdown, YAML, Python and a shell do not.
 BASE, RUN = """it's `a` "base": #1 | x""", "run *of* [mine] | `r` & $HOME"

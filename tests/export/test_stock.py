@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from shifcon_fast.cli import app
-from shifcon_fast.training.run_folder import RunState, save_run
+from shifcon_fast.training.run.run_folder import RunState, save_run
 
 STOCK = Path(__file__).with_name("stock.py")
 ZH = "zh%2FHans%3Ax"

@@ -15,8 +15,8 @@ from shifcon_fast import ops
 from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.quantization import nf4_problem
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.training.weights.quantization import nf4_problem
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; put its wheel into wheels/")
 FORWARD, BACKWARD = 1, 3

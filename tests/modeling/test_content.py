@@ -16,7 +16,7 @@ from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.content import MASSIVE_NORM, content_mask, ordinary_tokens
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.objective.mcl import contrastive_representations
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
 
 Text = dict[str, list[str]]
 BOUNDARIES = range(4)

@@ -18,8 +18,8 @@ from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.sentences import sentence_batches
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
-from shifcon_fast.training.instruction_data import InstructionCollator, InstructionDataset
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.batches.instruction_data import InstructionCollator, InstructionDataset
 
 UNEQUAL = ["Ada lives in Rome", "Ben eats"]
 

@@ -18,8 +18,8 @@ from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.modeling.estimate_space import estimate_space
-from shifcon_fast.training.quantization import load_quantized
-from shifcon_fast.training.run_folder import RunState, save_run
+from shifcon_fast.training.run.run_folder import RunState, save_run
+from shifcon_fast.training.weights.quantization import load_quantized
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 from lm_eval import simple_evaluate

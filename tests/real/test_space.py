@@ -93,7 +93,7 @@ def test_four_bits_move_the_vectors(
     smollm2: Path, open_smollm2: Any, smollm2_space: LanguageSpace, text: dict[str, list[str]]
 ) -> None:
     """By what attaching speaks of where a space is used with other weights."""
-    from shifcon_fast.training.quantization import load_quantized
+    from shifcon_fast.training.weights.quantization import load_quantized
 
     quantised = load_quantized(smollm2, None, "nf4", dtype=open_smollm2.model.dtype)
     first = {code: sentences[:24] for code, sentences in text.items()}

@@ -17,8 +17,8 @@ from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.notices import warn_once
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.quantization import load_quantized
 from shifcon_fast.training.trainer import ShifConTrainer
+from shifcon_fast.training.weights.quantization import load_quantized
 
 FORWARD, BACKWARD = 1, 3
 

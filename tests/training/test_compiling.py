@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training.checkpointing import enable_gradient_checkpointing
 from shifcon_fast.training.compiling import compilable
+from shifcon_fast.training.weights.checkpointing import enable_gradient_checkpointing
 
 Batch = dict[str, Any]
 

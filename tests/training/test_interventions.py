@@ -13,7 +13,7 @@ from shifcon_fast.export.shift_vectors import shift_vectors
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.config import parse_config
-from shifcon_fast.training.run_card import read_card
+from shifcon_fast.training.run.run_card import read_card
 from shifcon_fast.training.trainer import ShifConTrainer
 
 TOKENS = torch.tensor([[5, 17, 33, 41]])

@@ -19,8 +19,8 @@ from shifcon_fast.modeling.attach import attach
 from shifcon_fast.objective.mcl import mcl_loss
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.run_card import read_card
-from shifcon_fast.training.shift_file import read_shift, write_shift
+from shifcon_fast.training.run.run_card import read_card
+from shifcon_fast.training.run.shift_file import read_shift, write_shift
 from shifcon_fast.training.trainer import ShifConTrainer
 
 TOKENS = torch.tensor([[5, 17, 33, 41]])

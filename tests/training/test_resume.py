@@ -19,9 +19,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import shifcon_fast as sf
 from shifcon_fast.data.instructions import Instruction
-from shifcon_fast.training import run_folder
-from shifcon_fast.training.checkpoints import list_checkpoints, rotate
-from shifcon_fast.training.loss_meter import NonFiniteLossError
+from shifcon_fast.training.losses.loss_meter import NonFiniteLossError
+from shifcon_fast.training.run import run_folder
+from shifcon_fast.training.run.checkpoints import list_checkpoints, rotate
 from shifcon_fast.training.trainer import ShifConTrainer
 
 STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 10}

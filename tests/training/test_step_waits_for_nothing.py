@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from shifcon_fast.training import chunked_cross_entropy
-from shifcon_fast.training.contrastive_data import ContrastiveSampler
-from shifcon_fast.training.loss_meter import FiniteWatch
+from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
+from shifcon_fast.training.losses import chunked_cross_entropy
+from shifcon_fast.training.losses.loss_meter import FiniteWatch
 from shifcon_fast.training.trainer import ShifConTrainer
 
 

@@ -18,7 +18,7 @@ from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
-from shifcon_fast.training.run_card import read_card
+from shifcon_fast.training.run.run_card import read_card
 from shifcon_fast.training.trainer import ShifConTrainer
 
 F, B = 1, 3

@@ -175,7 +175,10 @@ def refusals() -> None:
         "alpha": ({}, {}),
         "distillation": ({}, {}),
     }
-    asked: dict[str, dict[str, Any]] = {"alpha": {"learn_alpha": True}, "distillation": {"w_distillation": 1.0}}
+    asked: dict[str, dict[str, Any]] = {
+        "alpha": {"learn_alpha": True},
+        "distillation": {"w_distillation": 1.0},
+    }
     for name, (fsdp, model) in cases.items():
         try:
             make(name, load(**model), fsdp=True, fsdp_config=fsdp, **asked.get(name, {})).train()

@@ -1,0 +1,1 @@
+"""What training reads: instructions, translation pairs, and the batches that are made of them."""
