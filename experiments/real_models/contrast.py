@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""What the contrastive loss sees before any training: representations as they are, shifted, centred, standardised.
+
+    python experiments/real_models/contrast.py [--out experiments/real_models/contrast.json]
+
+For every model and language, at f and at b: the loss over batches of eight translation pairs (ln 8 = 2.08 tells
+nothing apart), how often a sentence is nearest to its own translation, and the mean cosine of sentences that are no
+translations of each other. *Centred* takes each language's vector away, *standardised* divides by the standard
+deviation of each dimension over all sentences besides; *standardised by batch* knows the eight pairs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import AREAS, ATTENTION, MODELS, PIVOT, WEAK
+from one_run import prepare, translations
+from run import DATA
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from shifcon_fast.modeling.boundaries import boundary_representations
+from shifcon_fast.modeling.content import content_mask
+from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.space.language_space import LanguageSpace
+from shifcon_fast.storage import write_json
+from shifcon_fast.training.weights.quantization import load_quantized
+
+PAIRS, SENTENCES, TEMPERATURE = 8, 64, 0.05
+WORK = Path.home() / ".cache" / "shifcon_fast" / "experiment"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("contrast.json"))
+    options = parser.parse_args()
+    found = {model: of_model(model, options.data, options.work) for model in MODELS}
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from machine import machine
+
+    about = {"pairs": PAIRS, "sentences": SENTENCES, "temperature": TEMPERATURE}
+    write_json(options.out, {"machine": machine("cpu"), **about, "models": found})
+
+
+def of_model(name: str, data: Path, work: Path) -> list[dict[str, Any]]:
+    """A row for every boundary, language and way of looking at the representations."""
+    folder = prepare(name, data=data, work=work)
+    model = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
+    model.set_attn_implementation(ATTENTION)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    space = LanguageSpace.load(work / "spaces" / f"{name}-stable")
+    text = translations(data)
+    with torch.no_grad(), evaluation_mode(model):
+        seen = {code: represent(model, tokenizer, text[code][:SENTENCES], AREAS[name]) for code in text}
+    rows = []
+    for place, boundary in enumerate(AREAS[name]):
+        mean = {code: space.mean[boundary, space.languages.index(code)] for code in seen}
+        centred = {code: each[place] - mean[code] for code, each in seen.items()}
+        deviation = torch.cat(list(centred.values())).std(0)
+        for code in WEAK:
+            pivot, other = seen[PIVOT][place], seen[code][place]
+            ways = {
+                "as they are": (pivot, other),
+                "shifted": (pivot, other - mean[code] + mean[PIVOT]),
+                "centred": (centred[PIVOT], centred[code]),
+                "standardised": (centred[PIVOT] / deviation, centred[code] / deviation),
+            }
+            ways["standardised by batch"] = by_batch(pivot, other)
+            for way, both in ways.items():
+                rows.append({"boundary": boundary, "language": code, "way": way, **contrast(*both)})
+                print(name, rows[-1], flush=True)
+    return rows
+
+
+def represent(model: Any, tokenizer: Any, sentences: list[str], area: tuple[int, int]) -> Tensor:
+    """(2, n, d) float32, at f and b."""
+    batch = tokenizer(sentences, return_tensors="pt", padding=True)
+    mask = content_mask(batch.input_ids, batch.attention_mask, tokenizer.all_special_ids)
+    return boundary_representations(model, batch.input_ids, batch.attention_mask, mask, area)
+
+
+def by_batch(pivot: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Each side of a batch less its mean, over the standard deviation of both sides."""
+    sides = [torch.cat([each - each.mean(0) for each in side.split(PAIRS)]) for side in (pivot, other)]
+    deviations = [
+        torch.cat([a, b]).std(0).expand_as(a)
+        for a, b in zip(*(side.split(PAIRS) for side in sides), strict=True)
+    ]
+    deviation = torch.cat(deviations)
+    return sides[0] / deviation, sides[1] / deviation
+
+
+def contrast(pivot: Tensor, other: Tensor) -> dict[str, float]:
+    """Loss, share of nearest translations and mean cosine of strangers, over batches, in both directions."""
+    losses, nearest, strangers = [], [], []
+    own = torch.arange(PAIRS)
+    for a, b in zip(pivot.split(PAIRS), other.split(PAIRS), strict=True):
+        cosine = functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T
+        strangers.append((cosine.sum() - cosine.trace()) / (PAIRS * (PAIRS - 1)))
+        for one_way in (cosine, cosine.T):
+            losses.append(functional.cross_entropy(one_way / TEMPERATURE, own))
+            nearest.append((one_way.argmax(1) == own).float().mean())
+    values = {"loss": losses, "nearest": nearest, "cosine of strangers": strangers}
+    return {name: round(float(torch.stack(each).mean()), 4) for name, each in values.items()}
+
+
+if __name__ == "__main__":
+    main()
