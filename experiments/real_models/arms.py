@@ -75,6 +75,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "afp-light": {**_AFP, **_LIGHT},
     "afp-questions": {**_AFP, **_LIGHT},
     "afp-translation": {**_AFP, **_LIGHT, **_BOTH_TASKS},
+    "shifcon-standardised": {**_LIGHT, "standardise_contrast": True},
+    "afp-standardised": {**_AFP, **_LIGHT, "standardise_contrast": True},
 }
 """Tried on the questions of the dev territories: candidate → arguments that differ."""
 

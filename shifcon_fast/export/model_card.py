@@ -42,6 +42,7 @@ _METHOD = (
     "mcl_mode",
     "temperature",
     "anchor_pivot",
+    "standardise_contrast",
     "vectors",
     "contrastive_batch_size",
 )

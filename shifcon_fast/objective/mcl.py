@@ -9,6 +9,13 @@ and τ the temperature,
 itself was shifted at f; ``pooled``, the authors' code, where t ← t - mean(t) + mean(a) over the batch. And none:
 ``unshifted`` contrasts the representations as they are (AFP, Li et al. 2024, arXiv 2311.08089), for comparison.
 
+Sentences of a language have much in common: cosines of strangers are near one, the loss stays near log N, and what
+it learns is to take that apart. ``standardise`` contrasts, of (N, d) rows on either side,
+
+    a ← (a - mean(a)) / σ,  t ← (t - mean(t)) / σ,  σ² = v + 1e-6 mean(v), v of each dimension over all 2N
+
+(dimensions weigh alike: Timkey & van Schijndel 2021, arXiv 2109.04404).
+
 Both sides of the loss move the model. With ``anchor_pivot`` the pivot's stay where they are, as far as this loss is
 concerned, and translations come to them.
 """
@@ -31,6 +38,9 @@ from shifcon_fast.objective.across_processes import gather_pairs, pairs_of_proce
 from shifcon_fast.objective.gradient_cache import encode_in_turns, passes_needed
 from shifcon_fast.objective.recipe import MclMode
 
+_LEAST = 1e-6
+"""Variance of a dimension that is reckoned with, as a share of the mean over dimensions."""
+
 
 class ContrastiveBatch(TypedDict):
     """N pivot sentences in rows 0 … N-1 and their translations, in any languages, in rows N … 2N-1.
@@ -52,6 +62,7 @@ def mcl_from_representations(
     mode: MclMode = "shifted",
     temperature: float = 0.05,
     anchor_pivot: bool = False,
+    standardise: bool = False,
 ) -> Tensor:
     """L_mcl from sentence representations at L boundaries, in one ``info_nce`` call.
 
@@ -61,16 +72,29 @@ def mcl_from_representations(
         mode: "shifted", "pooled" or "unshifted".
         anchor_pivot: the pivot's representations are targets alone; no gradient goes through them.
         temperature: τ > 0.
+        standardise: contrast them standardised over the batch; "pooled" has a way of its own.
 
     Returns:
         () float32, differentiable in both.
 
     Raises:
-        ValueError: unknown mode, a temperature that is not positive, shapes that do not fit.
+        ValueError: unknown mode, a temperature that is not positive, shapes that do not fit, ``standardise`` with
+            "pooled".
     """
-    _check(mode, temperature)
+    _check(mode, temperature, standardise)
     pivot = pivot.detach() if anchor_pivot else pivot
+    if standardise:
+        pivot, other = standardised(pivot, other)
     return ops.info_nce(pivot, other, scale=1 / temperature, recenter=mode == "pooled").mean()
+
+
+def standardised(pivot: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, N, d) of both sides, each less its mean over N, over the standard deviation of both; differentiable."""
+    pivot, other = (side - side.mean(1, keepdim=True) for side in (pivot, other))
+    variance = (pivot.square().mean(1, keepdim=True) + other.square().mean(1, keepdim=True)) / 2
+    # The second term bounds what a dimension gets in which all rows are nearly alike.
+    scale = (variance + _LEAST * variance.mean(-1, keepdim=True)).clamp_min(_LEAST**2).rsqrt()
+    return pivot * scale, other * scale
 
 
 def mcl_loss(
@@ -81,6 +105,7 @@ def mcl_loss(
     mode: MclMode = "shifted",
     temperature: float = 0.05,
     anchor_pivot: bool = False,
+    standardise: bool = False,
     mini_batch_size: int | None = None,
     gather_across_devices: bool = False,
     pairs_by_process: Sequence[int] | None = None,
@@ -95,7 +120,7 @@ def mcl_loss(
         model: the attached model, or what wraps it.
         batch: see :class:`ContrastiveBatch`; it is moved to the model's device.
         handle: what ``attach`` returned.
-        mode, temperature, anchor_pivot: as for :func:`mcl_from_representations`.
+        mode, temperature, anchor_pivot, standardise: as for :func:`mcl_from_representations`.
         mini_batch_size: pairs in one pass. A larger batch runs in several, one after another, with the same loss
             and gradients and the memory of one (:mod:`.gradient_cache`). None: all in one pass.
         gather_across_devices: contrast with the pairs of all processes. Every process gets the same loss, the mean
@@ -112,10 +137,10 @@ def mcl_loss(
         () float32 with a graph to the model's parameters.
 
     Raises:
-        ValueError: unknown mode, a temperature that is not positive, an odd number of rows, a process without
-            pairs, processes that would need unequal numbers of passes.
+        ValueError: unknown mode, a temperature that is not positive, ``standardise`` with "pooled", an odd number
+            of rows, a process without pairs, processes that would need unequal numbers of passes.
     """
-    _check(mode, temperature)
+    _check(mode, temperature, standardise)
     gathers = gather_across_devices and dist.is_available() and dist.is_initialized()
     if (
         gathers and pairs_by_process is None
@@ -138,7 +163,12 @@ def mcl_loss(
     if gathers:
         pivot, other = gather_pairs(pivot, counts), gather_pairs(other, counts)
     return mcl_from_representations(
-        pivot, other, mode=mode, temperature=temperature, anchor_pivot=anchor_pivot
+        pivot,
+        other,
+        mode=mode,
+        temperature=temperature,
+        anchor_pivot=anchor_pivot,
+        standardise=standardise,
     )
 
 
@@ -214,8 +244,12 @@ def _part_of(batch: Mapping[str, Tensor], first: int, end: int) -> dict[str, Ten
     return {name: values[:, :width] if values.dim() == 2 else values for name, values in part.items()}
 
 
-def _check(mode: str, temperature: float) -> None:
+def _check(mode: str, temperature: float, standardise: bool) -> None:
     if mode not in get_args(MclMode):
         raise ValueError(f"mode: got {mode!r}; wanted one of {', '.join(get_args(MclMode))}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: got {temperature}; wanted a positive number")
+    if standardise and mode == "pooled":
+        raise ValueError(
+            "standardise: got True with mode 'pooled', which re-centres unit vectors; wanted another mode"
+        )

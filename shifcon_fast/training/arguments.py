@@ -149,6 +149,13 @@ class ShifConArguments(TrainingArguments):
             "help": "In the contrastive loss, pivot sentences are targets alone: no gradient goes through them."
         },
     )
+    standardise_contrast: bool = field(
+        default=False,
+        metadata={
+            "help": "Contrast representations less their mean over the batch, each dimension over its standard "
+            "deviation. Not with mcl_mode=pooled."
+        },
+    )
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the contrastive loss."})
     contrastive_batch_size: int | None = field(
         default=None, metadata={"help": "Translation pairs per process and micro-batch."}
@@ -317,6 +324,11 @@ class ShifConArguments(TrainingArguments):
                 raise ValueError(f"{name}: got {value}; wanted 0 or more")
         if self.w_gen == 0 and self.w_mcl == 0:
             raise ValueError("w_gen, w_mcl: both are 0; wanted at least one loss to train on")
+        if self.standardise_contrast and self.mcl_mode == "pooled":
+            raise ValueError(
+                "standardise_contrast: got True with mcl_mode='pooled', which re-centres unit vectors; wanted "
+                "mcl_mode shifted or unshifted, or standardise_contrast=False"
+            )
         if not (math.isfinite(self.temperature or 0) and (self.temperature or 0) > 0):
             raise ValueError(f"temperature: got {self.temperature}; wanted a positive number")
         if self.alpha is not None and not math.isfinite(self.alpha):

@@ -110,6 +110,7 @@ class ContrastiveTrainer:
             mode=self.args.mcl_mode,  # type: ignore[arg-type]
             temperature=float(self.args.temperature or 1.0),
             anchor_pivot=self.args.anchor_pivot,
+            standardise=self.args.standardise_contrast,
             mini_batch_size=self.args.contrastive_mini_batch_size,
             gather_across_devices=self.args.gather_across_devices,
             pairs_by_process=[batch["input_ids"].shape[0] // 2] * self.args.world_size,

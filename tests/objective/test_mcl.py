@@ -46,10 +46,17 @@ def batch() -> ContrastiveBatch:
     )
 
 
-def naive_loss(pivot: Tensor, other: Tensor, temperature: float, recenter: bool) -> Tensor:
+def naive_loss(
+    pivot: Tensor, other: Tensor, temperature: float, recenter: bool, standardise: bool = False
+) -> Tensor:
     """The definition, in the inputs' precision: pivot and other are (L, N, d)."""
     total = torch.zeros((), dtype=pivot.dtype)
     for a, t in zip(pivot, other, strict=True):
+        if standardise:
+            a, t = a - a.mean(0), t - t.mean(0)
+            variance = torch.cat([a, t]).var(0, correction=0)
+            deviation = (variance + 1e-6 * variance.mean()).sqrt()
+            a, t = a / deviation, t / deviation
         a, t = a / a.norm(dim=-1, keepdim=True), t / t.norm(dim=-1, keepdim=True)
         if recenter:
             t = t - t.mean(0) + a.mean(0)
@@ -60,16 +67,24 @@ def naive_loss(pivot: Tensor, other: Tensor, temperature: float, recenter: bool)
 
 
 @pytest.mark.parametrize(
-    ("mode", "temperature"), [("shifted", 0.05), ("unshifted", 0.1), ("pooled", 1.0), ("pooled", 0.1)]
+    ("mode", "temperature", "standardise"),
+    [
+        ("shifted", 0.05, False),
+        ("shifted", 0.2, True),
+        ("unshifted", 0.1, False),
+        ("unshifted", 0.3, True),
+        ("pooled", 1.0, False),
+        ("pooled", 0.1, False),
+    ],
 )
-def test_formula_and_gradients(mode: Any, temperature: float) -> None:
+def test_formula_and_gradients(mode: Any, temperature: float, standardise: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     pivot, other = torch.randn(2, 3, 5, 16, generator=generator, dtype=torch.float64)
     expected_inputs = [pivot.clone().requires_grad_(), other.clone().requires_grad_()]
-    expected = naive_loss(*expected_inputs, temperature, mode == "pooled")
+    expected = naive_loss(*expected_inputs, temperature, mode == "pooled", standardise)
     expected.backward()
     inputs = [pivot.float().requires_grad_(), other.float().requires_grad_()]
-    loss = mcl_from_representations(*inputs, mode=mode, temperature=temperature)
+    loss = mcl_from_representations(*inputs, mode=mode, temperature=temperature, standardise=standardise)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     for got, wanted in zip(inputs, expected_inputs, strict=True):
@@ -145,6 +160,29 @@ def test_an_anchored_pivot_gets_no_gradient(mode: Any) -> None:
     torch.testing.assert_close(other, of_other)
 
 
+def test_what_all_sentences_have_in_common_does_not_show_in_a_standardised_contrast() -> None:
+    """Nor how far a dimension reaches, nor one in which all are alike, whose gradient is finite."""
+    generator = torch.Generator().manual_seed(0)
+    pivot = torch.randn(2, 6, 16, generator=generator, dtype=torch.float64)
+    other = pivot + 0.3 * torch.randn(2, 6, 16, generator=generator, dtype=torch.float64)
+    far = torch.full((16,), 30.0, dtype=torch.float64)
+    wide = torch.logspace(-1, 1, 16, dtype=torch.float64)
+
+    def loss(a: Tensor, t: Tensor, standardise: bool) -> float:
+        return mcl_from_representations(a.float(), t.float(), standardise=standardise).item()
+
+    plain = loss(pivot, other, True)
+    assert plain < 0.1
+    assert loss(pivot * wide + far, other * wide - far, True) == pytest.approx(plain, rel=0.02, abs=1e-4)
+    assert loss(pivot * wide + far, other * wide + far, False) > 1.0
+    dead = [side.float().clone() for side in (pivot, other)]
+    for side in dead:
+        side[..., 3] = 7.0
+        side.requires_grad_()
+    mcl_from_representations(*dead, standardise=True).backward()
+    assert all(side.grad.isfinite().all() and side.grad.abs().max() < 100 for side in dead)
+
+
 def test_gradient_reaches_exactly_the_adapters_below_the_last_boundary(
     attached: tuple[Any, ShiftHandle], batch: ContrastiveBatch
 ) -> None:
@@ -179,6 +217,8 @@ def test_bad_arguments(attached: tuple[Any, ShiftHandle], batch: ContrastiveBatc
         mcl_loss(model, batch, handle, mode="mixed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"temperature: got 0\.0; wanted a positive number"):
         mcl_loss(model, batch, handle, temperature=0.0)
+    with pytest.raises(ValueError, match="standardise: got True with mode 'pooled'"):
+        mcl_loss(model, batch, handle, mode="pooled", standardise=True)
     odd = ContrastiveBatch(**{name: value[:5] for name, value in batch.items()})  # type: ignore[typeddict-item]
     none = ContrastiveBatch(**{name: value[:0] for name, value in batch.items()})  # type: ignore[typeddict-item]
     with pytest.raises(
