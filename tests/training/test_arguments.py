@@ -68,6 +68,10 @@ def test_settings_are_json(tmp_path: Path) -> None:
         ({"w_gen": float("nan")}, "w_gen: got nan"),
         ({"w_gen": 0.0, "w_mcl": 0.0}, "both are 0"),
         ({"temperature": 0.0}, r"temperature: got 0\.0"),
+        (
+            {"recipe": "official", "standardise_contrast": True},
+            "standardise_contrast: got True with mcl_mode='pooled'",
+        ),
         ({"contrastive_batch_size": 1}, "contrastive_batch_size: got 1; wanted 2 or more"),
         ({"ema_decay": 1.0}, r"ema_decay: got 1\.0"),
         ({"refresh_every": 0}, "refresh_every: got 0"),

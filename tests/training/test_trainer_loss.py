@@ -71,6 +71,7 @@ def naive_total(
     temperature: float,
     shift: bool,
     official: bool,
+    standardise: bool,
 ) -> tuple[Tensor, Tensor]:
     """(L_gen, L_mcl) of one optimizer step: all its instructions, and its contrastive batches of
     (pivot sentence, other sentence, language)."""
@@ -99,8 +100,13 @@ def naive_total(
                 first = 0 if official else 1  # BOS
                 represented[side].append(torch.stack([seen[k][first:].mean(0) for k in range(F, B)]))
         for k in range(B - F):
-            a = functional.normalize(torch.stack([r[k] for r in represented["pivot"]]), dim=-1)
-            t = functional.normalize(torch.stack([r[k] for r in represented["other"]]), dim=-1)
+            a, t = (torch.stack([r[k] for r in represented[side]]) for side in ("pivot", "other"))
+            if standardise:
+                a, t = a - a.mean(0), t - t.mean(0)
+                variance = torch.cat([a, t]).var(0, correction=0)
+                deviation = (variance + 1e-6 * variance.mean()).sqrt()
+                a, t = a / deviation, t / deviation
+            a, t = functional.normalize(a, dim=-1), functional.normalize(t, dim=-1)
             if mode == "pooled":
                 t = t - t.mean(0) + a.mean(0)
             logits = a @ t.T / temperature
@@ -112,12 +118,13 @@ def naive_total(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "mode", "shift"),
+    ("recipe", "mode", "shift", "standardise"),
     [
-        ("stable", "shifted", True),
-        ("stable", "pooled", False),
-        ("official", "pooled", True),
-        ("official", "shifted", True),
+        ("stable", "shifted", True, False),
+        ("stable", "shifted", True, True),
+        ("stable", "pooled", False, False),
+        ("official", "pooled", True, False),
+        ("official", "shifted", True, False),
     ],
 )
 def test_total_loss_and_gradients_over_accumulated_mixed_batches(
@@ -129,6 +136,7 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
     recipe: str,
     mode: str,
     shift: bool,
+    standardise: bool,
 ) -> None:
     recorder = Recorder()
     rows = (
@@ -138,6 +146,7 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
         recipe=recipe,
         mcl_mode=mode,
         shift=shift,
+        standardise_contrast=standardise,
         temperature=0.2,
         w_gen=0.7,
         w_mcl=1.3,
@@ -178,6 +187,7 @@ def test_total_loss_and_gradients_over_accumulated_mixed_batches(
         temperature=0.2,
         shift=shift,
         official=recipe == "official",
+        standardise=standardise,
     )
     total = 0.7 * generation + 1.3 * contrastive
     total.backward()
@@ -202,6 +212,7 @@ def test_contrastive_mini_batches_change_nothing(make_trainer: Callable[..., Shi
             quantization="nf4",
             contrastive_batch_size=8,
             contrastive_mini_batch_size=size,
+            standardise_contrast=True,  # over all pairs, whatever the passes
             gradient_accumulation_steps=2,
             gradient_checkpointing=True,
             max_grad_norm=0.0,
