@@ -64,7 +64,10 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def quantization_of(model: nn.Module) -> str | None:
     """How the weights are held: "nf4", "fp4", "int8", or the method's name, such as "gptq"; None as they are."""
-    config = getattr(model.config, "quantization_config", None)
+    # A text decoder inside of another model does not say it, and what wraps a model has no config.
+    configs = (getattr(each, "config", None) for each in (model, locate_decoder(model).module))
+    found = (getattr(each, "quantization_config", None) for each in configs)
+    config = next((each for each in found if each is not None), None)
     if config is None:
         return None
     settings = config if isinstance(config, Mapping) else config.to_dict()

@@ -70,6 +70,16 @@ def test_the_way_of_quantising_is_noted(config, name, tiny_model):
     assert model_fingerprint(model)["quantization"] == name
 
 
+def test_a_model_in_a_wrapper_has_a_fingerprint(tiny_model):
+    """Which has no config, as DistributedDataParallel has none."""
+    model = tiny_model("llama")
+    model.config.quantization_config = {"load_in_8bit": True}
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    assert model_fingerprint(wrapper) == model_fingerprint(model)
+    assert model_fingerprint(wrapper)["quantization"] == "int8"
+
+
 def test_a_space_of_other_weights_is_told(tiny_model, random_space, caplog):
     model = tiny_model("llama")
     space = random_space(model)
