@@ -37,6 +37,18 @@ class ContrastiveTrainer:
     _sampler: ContrastiveSampler | None
     _micro_batch = (-1, 0)  # (global step, micro-batch in it)
 
+    def _check_pivot_losses(self) -> None:
+        """Once the accelerator is there.
+
+        Raises:
+            ValueError: sharded weights, with a loss that runs the decoder and the head by themselves.
+        """
+        if self.is_fsdp_enabled and self.args.predicts_pivot:
+            raise ValueError(
+                "w_replay, w_distillation: not under FSDP, whose weights are gathered for the model's own forward "
+                "alone; wanted 0, or another way to train on several devices (DDP)"
+            )
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step, micro = self._micro_batch
         here = self.state.global_step

@@ -127,6 +127,7 @@ class ShifConTrainer(
                 eval_dataset=self._data.evaluation,
                 **kwargs,
             )
+            self._check_pivot_losses()
             self._start_alpha()
         except BaseException:  # leave the model as it came
             if attached_before is not None:

@@ -86,7 +86,7 @@ def load_quantized(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=quant_storage or (dtype if _is_for_fsdp() else None),
+            bnb_4bit_quant_storage=quant_storage or (dtype if fsdp_is_asked_for() else None),
             llm_int8_skip_modules=_modules_to_skip(config, trust_remote_code) if on_cpu else None,
         )
     try:
@@ -157,7 +157,8 @@ def nf4_problem(device: torch.device) -> str | None:
     return None if error < 0.2 else f"bitsandbytes returns weights that are off by {error:.2f} on {device}"
 
 
-def _is_for_fsdp() -> bool:
+def fsdp_is_asked_for() -> bool:
+    """By `accelerate launch`, or by accelerate itself, which says so where it gets a plugin."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

@@ -25,8 +25,7 @@ from transformers import TrainerCallback
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.fingerprint import model_fingerprint
 from shifcon_fast.training.weights.adapter_files import saved_weights
-
-_ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets, and accelerate itself where it gets a plugin
+from shifcon_fast.training.weights.quantization import fsdp_is_asked_for
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def check_fsdp_version(plugin_arguments: Mapping[str, Any] | None) -> None:
     Raises:
         ValueError: FSDP1 was asked for.
     """
-    if plugin_arguments is None and not _is_asked_for():
+    if plugin_arguments is None and not fsdp_is_asked_for():
         return
     version = int((plugin_arguments or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
     if version != 2:
@@ -74,11 +73,6 @@ class ShardedTrainer:
         check_processes(self.accelerator)
         if engage_fsdp(self.accelerator, self.args.fsdp_plugin_args):
             self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled and self.args.predicts_pivot:
-            raise ValueError(
-                "w_replay, w_distillation: not under FSDP, whose weights are gathered for the model's own forward "
-                "alone; wanted 0, or another way to train on several devices (DDP)"
-            )
 
 
 class CheckUnits(TrainerCallback):
@@ -119,7 +113,7 @@ def engage_fsdp(accelerator: Any, plugin_arguments: Mapping[str, Any] | None) ->
     Raises:
         ValueError: FSDP was asked for and cannot be had, or in a way that does not train what was meant.
     """
-    if not _is_asked_for():
+    if not fsdp_is_asked_for():
         return False
     state = accelerator.state
     if state.distributed_type == DistributedType.FSDP:
@@ -136,10 +130,6 @@ def engage_fsdp(accelerator: Any, plugin_arguments: Mapping[str, Any] | None) ->
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
     return True
-
-
-def _is_asked_for() -> bool:
-    return os.environ.get(_ASKED, "false").lower() == "true"
 
 
 def _check_plugin(plugin: Any) -> None:
