@@ -309,6 +309,7 @@ def test_evaluation_is_the_shifted_generation_loss(
         temperature=1.0,
         shift=True,
         official=False,
+        standardise=False,
     )
     assert metrics["eval_loss"] == pytest.approx(generation.item(), rel=1e-5)
 
