@@ -184,12 +184,14 @@ def test_the_report_is_made_of_what_there_is(
     assert any(line.startswith("| afp | 1 |") for line in text.splitlines())
     assert "| shifcon | 1.00 | 1.00 | 0.25 | 0.50 | 1.5 |" in text
     assert "| plain | 1.00 | 1.00 | 0.25 | – | 1.5 |" in text
-    other = "<!-- smollm2-135m-instruct: made by"
     before = (FOLDER.parents[1] / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-    assert (
-        text.partition(other)[2].partition("<!-- end")[0]
-        == before.partition(other)[2].partition("<!-- end")[0]
-    )
+    for other in ("smollm2-135m-instruct", "smollm2-135m-instruct, the search"):
+        kept, as_it_was = (
+            page.partition(f"<!-- {other}: made by")[2].partition(f"<!-- end of {other} -->")[0]
+            for page in (text, before)
+        )
+        assert kept
+        assert kept == as_it_was
     again = experiment["report"].write(results, tmp_path, document)
     assert (said, text) == (again, document.read_text(encoding="utf-8"))
     assert (tmp_path / f"does_it_help_{MODEL}.svg").read_bytes().startswith(b"<?xml")

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.content import content_mask
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.objective.mcl import mcl_from_representations, standardised
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import write_json
 from shifcon_fast.training.weights.quantization import load_quantized
@@ -75,9 +76,10 @@ def of_model(name: str, data: Path, work: Path) -> list[dict[str, Any]]:
                 "centred": (centred[PIVOT], centred[code]),
                 "standardised": (centred[PIVOT] / deviation, centred[code] / deviation),
             }
-            ways["standardised by batch"] = by_batch(pivot, other)
-            for way, both in ways.items():
-                rows.append({"boundary": boundary, "language": code, "way": way, **contrast(*both)})
+            found = {way: contrast(*both) for way, both in ways.items()}
+            found["standardised by batch"] = contrast(pivot, other, standardise=True)
+            for way, values in found.items():
+                rows.append({"boundary": boundary, "language": code, "way": way, **values})
                 print(name, rows[-1], flush=True)
     return rows
 
@@ -89,29 +91,19 @@ def represent(model: Any, tokenizer: Any, sentences: list[str], area: tuple[int,
     return boundary_representations(model, batch.input_ids, batch.attention_mask, mask, area)
 
 
-def by_batch(pivot: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Each side of a batch less its mean, over the standard deviation of both sides."""
-    sides = [torch.cat([each - each.mean(0) for each in side.split(PAIRS)]) for side in (pivot, other)]
-    deviations = [
-        torch.cat([a, b]).std(0).expand_as(a)
-        for a, b in zip(*(side.split(PAIRS) for side in sides), strict=True)
-    ]
-    deviation = torch.cat(deviations)
-    return sides[0] / deviation, sides[1] / deviation
-
-
-def contrast(pivot: Tensor, other: Tensor) -> dict[str, float]:
+def contrast(pivot: Tensor, other: Tensor, *, standardise: bool = False) -> dict[str, float]:
     """Loss, share of nearest translations and mean cosine of strangers, over batches, in both directions."""
-    losses, nearest, strangers = [], [], []
+    batches = [side.unflatten(0, (-1, PAIRS)) for side in (pivot, other)]
+    loss = mcl_from_representations(*batches, temperature=TEMPERATURE, standardise=standardise)
+    a, b = (
+        functional.normalize(side, dim=-1) for side in (standardised(*batches) if standardise else batches)
+    )
+    cosine = a @ b.mT
     own = torch.arange(PAIRS)
-    for a, b in zip(pivot.split(PAIRS), other.split(PAIRS), strict=True):
-        cosine = functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T
-        strangers.append((cosine.sum() - cosine.trace()) / (PAIRS * (PAIRS - 1)))
-        for one_way in (cosine, cosine.T):
-            losses.append(functional.cross_entropy(one_way / TEMPERATURE, own))
-            nearest.append((one_way.argmax(1) == own).float().mean())
-    values = {"loss": losses, "nearest": nearest, "cosine of strangers": strangers}
-    return {name: round(float(torch.stack(each).mean()), 4) for name, each in values.items()}
+    nearest = torch.stack([way.argmax(-1) == own for way in (cosine, cosine.mT)]).float().mean()
+    strangers = cosine[:, ~torch.eye(PAIRS, dtype=torch.bool)].mean()
+    values = {"loss": loss, "nearest": nearest, "cosine of strangers": strangers}
+    return {name: round(float(each), 4) for name, each in values.items()}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.space.language_shift import Recipe
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.trainer import ShifConTrainer
@@ -63,19 +64,19 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
     from fetch import fetch
 
     folder: Path = fetch(model, None)
-    texts = {
-        "stable": lambda: _rows(data / "ntrex128.jsonl", SPACE_ROWS),
-        "official": lambda: _rows(data / "ntrex128.jsonl", SPACE_ROWS),
-        "questions": prompts,
+    news = _rows(data / "ntrex128.jsonl", SPACE_ROWS)
+    spaces: dict[str, tuple[Recipe, dict[str, list[str]]]] = {
+        "stable": ("stable", news),
+        "official": ("official", news),
+        "questions": ("stable", prompts()),
     }
-    for name, text in texts.items():
+    for name, (recipe, text) in spaces.items():
         place = _space_folder(work, model, name)
         if (place / "language_space.json").is_file():
             continue
         loaded = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
         loaded.config._name_or_path = model  # the folder's place is this machine's
-        recipe = "official" if name == "official" else "stable"
-        space = estimate_space(loaded, AutoTokenizer.from_pretrained(folder), text(), PIVOT, recipe=recipe)
+        space = estimate_space(loaded, AutoTokenizer.from_pretrained(folder), text, PIVOT, recipe=recipe)
         space.save(place)
     return folder
 
