@@ -305,8 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     # A call that is ended from outside still sums up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run(options)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

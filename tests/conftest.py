@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +53,12 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.config.option.markexpr and (reason := _why_slow(item)) is not None:
             item.config.stash[_LEFT_OUT][reason] += 1
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not walk it after every test."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -270,6 +278,25 @@ def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["padding"], backend["truncation"]  # each call sets them anew
     return {"shown": repr(tokenizer), "chat_template": tokenizer.chat_template, "backend": backend}
+
+
+@pytest.fixture(autouse=True)
+def _tests_leave_the_process_alone() -> Iterator[None]:
+    """A test that leaves a state of the process changed fails itself, and no other one in another order."""
+    before = _state_of_the_process()
+    yield
+    assert _state_of_the_process() == before, "undo it in the test, or in what it calls"
+
+
+def _state_of_the_process() -> dict[str, object]:
+    return {
+        **{number.name: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
+        "folder": os.getcwd(),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 @pytest.fixture(autouse=True)
