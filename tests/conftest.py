@@ -56,7 +56,7 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays until the end: the garbage collector need not walk it after every test."""
+    """What was imported and collected stays to the end: the garbage collector need not walk it after every test."""
     gc.collect()
     gc.freeze()
 

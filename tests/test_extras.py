@@ -198,6 +198,7 @@ def test_the_command_without_its_packages_says_so_in_a_line() -> None:
     assert shifcon(("doctor",), hidden=EXTRAS["cli"]) == [(1, said)]
 
 
+@pytest.mark.slow("runs four commands, with an import of everything")
 def test_commands_without_the_packages_of_a_report(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """``profile`` leaves its picture out, ``evaluate`` refuses open questions before it opens a model."""
     rows = [

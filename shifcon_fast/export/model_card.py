@@ -5,6 +5,7 @@ Nothing of the machine that trained it is in it: a base model in a folder is cal
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -112,15 +113,7 @@ def model_card(
     )
     others = [each for each in run["languages"] if each != run["pivot"]]
     language = others[0] if others else run["pivot"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-    )
-    environment.filters.update(prose=prose, code=code, block=block, quote=shlex.quote, python=_python)
-    text = environment.get_template(_TEMPLATE).render(
+    text = _template().render(
         mark=f"{MARK} {__version__}. Take this line away to keep the card as it is. -->",
         name=name,
         run=run,
@@ -155,6 +148,20 @@ def model_card(
         tags=_tags(base, adapter, options),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """Compiled once a process: training saves a card with every checkpoint."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+    )
+    environment.filters.update(prose=prose, code=code, block=block, quote=shlex.quote, python=_python)
+    return environment.get_template(_TEMPLATE)
 
 
 def _python(text: str) -> str:

@@ -133,6 +133,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(workplace, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process; POSIX only")
+@pytest.mark.slow("waits for processes that are to be ended")
 def test_ctrl_c_saves_and_exits_130(workplace, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = workplace.train_flags(output, "--max-steps", "100000", "--logging-steps", "1")

@@ -36,6 +36,7 @@ def test_whole_sentences_are_told(identifier: AnswerLanguage, sentences: dict[st
     assert all(counts[language][1] == 0 for language in ("ja", "bn", "te", "ru", "ar", "hi")), counts
 
 
+@pytest.mark.slow("tells the language of 2,400 more texts")
 def test_twenty_characters_are_told_or_left_undecided(
     identifier: AnswerLanguage, sentences: dict[str, list[str]]
 ) -> None:

@@ -386,7 +386,10 @@ def test_a_replaced_forward_is_refused_not_ignored(tiny_model, random_space):
     assert _snapshot(model) == before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", pytest.param("bloom", marks=pytest.mark.slow("torch.compile of one more model"))],
+)
 def test_compiled_models_equal_eager_ones(architecture, tiny_model, random_space, batch, batch_ids):
     model = tiny_model(architecture)
     attach(model, random_space(model), forward=1, backward=3)

@@ -190,6 +190,7 @@ def test_forward_warm_up_and_capture_share_one_stream() -> None:
     assert result.stdout.strip() == "fine", result.stdout + result.stderr
 
 
+@pytest.mark.slow("collects every benchmark")
 def test_goals_name_benchmarks_that_there_are_and_are_read_from_the_rows(tmp_path: Path) -> None:
     """All groups together are collected (a renamed benchmark would be a usage error), in their order."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir"]

@@ -23,6 +23,8 @@ from shifcon_fast.data.instructions import Instruction
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.trainer import ShifConTrainer
 
+pytestmark = pytest.mark.slow("starts two processes, each of which imports everything")
+
 WORKER = Path(__file__).with_name("worker.py")
 # The rows of a process; one process alone has both of them in its batch.
 SETTINGS: dict[str, Any] = {

@@ -51,7 +51,10 @@ def crash() -> None:
     "settings",
     [
         {"vectors": "ema", "dropout": 0.2, "gradient_accumulation_steps": 2, "ema_decay": 0.5},
-        {"vectors": "running", "recipe": "official", "running_sums": True, "max_steps": 10},
+        pytest.param(
+            {"vectors": "running", "recipe": "official", "running_sums": True, "max_steps": 10},
+            marks=pytest.mark.slow("trains twice, in one more way"),
+        ),
         {"vectors": "refresh", "refresh_every": 3, "quantization": "nf4"},
     ],
     ids=["ema-dropout-accumulation", "official-running-over-an-epoch", "refresh-nf4"],
@@ -165,6 +168,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow("waits for processes that are to be ended")
 def test_kill_in_the_middle_of_a_save(tiny_checkpoint: Path, space: sf.LanguageSpace, tmp_path: Path) -> None:
     """At the worst moment: everything of the checkpoint is in place but its card."""
     space.save(tmp_path / "space")

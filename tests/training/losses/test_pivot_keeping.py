@@ -179,11 +179,16 @@ def test_the_base_is_not_away_from_itself(load_model: Callable[..., Any], batch:
     "settings",
     [
         {},
-        {"w_mcl": 0.0},
-        {"contrastive_mini_batch_size": 2},
         {"intervention": "centre"},
-        {"vectors": "ema", "final_estimation": False},
-        {"w_replay": 0.1},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow("trains twice, in one more way"))
+            for settings in (
+                {"w_mcl": 0.0},
+                {"contrastive_mini_batch_size": 2},
+                {"vectors": "ema", "final_estimation": False},
+                {"w_replay": 0.1},
+            )
+        ),
     ],
     ids=str,
 )

@@ -189,7 +189,10 @@ def test_log(run: tuple[Path, ShifConTrainer]) -> None:
     assert first["learning_rate"] == 0  # warming up
 
 
-@pytest.mark.parametrize("estimate", [None, True, False])
+@pytest.mark.parametrize(
+    "estimate",
+    [None, *(pytest.param(each, marks=pytest.mark.slow("trains in one more way")) for each in (True, False))],
+)
 @pytest.mark.parametrize("vectors", ["frozen", "ema", "refresh", "running"])
 def test_what_is_evaluated_is_what_is_loaded(
     *,

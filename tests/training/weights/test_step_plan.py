@@ -102,7 +102,16 @@ def test_more_of_everything_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deeper.bytes["contrastive"] > base.bytes["contrastive"]
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3_text",
+        *(
+            pytest.param(name, marks=pytest.mark.slow("plans a step of one more model"))
+            for name in ("gpt2", "qwen3")
+        ),
+    ],
+)
 def test_other_architectures(name: str, tiny_model: Callable[..., Any]) -> None:
     plan = plan_step(tiny_model(name, layers=6).config, TINY, quantization="none", dtype=torch.bfloat16)
     assert plan.dtype == "bfloat16"
