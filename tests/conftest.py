@@ -62,6 +62,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # or nanobind calls leaks what Python would take away at its end
     if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, where the tests are collected
         session.config.workeroutput["left_out"] = dict(session.config.stash[_LEFT_OUT])
 

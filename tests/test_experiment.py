@@ -81,6 +81,9 @@ def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPath
     for arm, seed in made_of:
         known = {"model": MODEL, "arm": arm, "seed": seed, "training_seconds": 90.0}
         known["dose"] = {"sw": [0.25, 0.5]}
+        if seed != 3:
+            told = [True, False, None] if arm == "plain" else [True, True, None]
+            known["continued"] = {"sw": [{"text": "ndiyo", "in_language": each} for each in told]}
         made = evaluation(experiment["stored"], arm, seed)
         experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
     return folder
@@ -110,8 +113,8 @@ def test_every_arm_is_one_that_the_trainer_takes(experiment: dict[str, ModuleTyp
 def test_the_search_has_territories_and_seeds_of_its_own(experiment: dict[str, ModuleType]) -> None:
     arms, questions = experiment["arms"], experiment["stored"].questions
     tried, reported = arms.search_runs(), arms.runs()
-    assert {arms.split_of(seed) for _, _, seed in tried} == {"dev"}
-    assert {arms.split_of(seed) for _, _, seed in reported} == {"test"}
+    assert {arms.split_for(seed) for _, _, seed in tried} == {"dev"}
+    assert {arms.split_for(seed) for _, _, seed in reported} == {"test"}
     assert set(arms.CANDIDATES) <= {arm for _, arm, _ in tried}
     assert not arms.CANDIDATES.keys() & arms.ARMS.keys()
     dev, test = ({each.row for each in questions(split)} for split in ("dev", "test"))
@@ -182,8 +185,8 @@ def test_the_report_is_made_of_what_there_is(
     row = next(line for line in text.splitlines() if line.startswith("| shifcon | 2 |"))
     assert "points \\[" in row
     assert any(line.startswith("| afp | 1 |") for line in text.splitlines())
-    assert "| shifcon | 1.00 | 1.00 | 0.25 | 0.50 | 1.5 |" in text
-    assert "| plain | 1.00 | 1.00 | 0.25 | – | 1.5 |" in text
+    assert "| shifcon | 1.00 | 1.00 | 0.25 | 100 % | – | 0.50 | 1.5 |" in text
+    assert "| plain | 1.00 | 1.00 | 0.25 | 50 % | – | – | 1.5 |" in text
     before = (FOLDER.parents[1] / "docs" / "does-it-help.md").read_text(encoding="utf-8")
     for other in ("smollm2-135m-instruct", "smollm2-135m-instruct, the search"):
         kept, as_it_was = (

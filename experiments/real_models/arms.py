@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from shifcon_fast.data.cldr import Split
@@ -23,6 +25,8 @@ SPACE_ROWS = range(200)
 TRANSLATION_ROWS = range(200, 1200)
 TRANSLATIONS = 400  # of them, the shortest in the pivot
 FLORES_ROWS = range(64)
+CONTINUED_ROWS = range(16)  # of FLORES-200: the first half of a sentence is the prompt
+NEW_TOKENS = 40
 
 ATTENTION = "eager"
 """PyTorch's fused attention takes longer on a CPU, for its backward in bfloat16."""
@@ -45,48 +49,58 @@ TRAINING: dict[str, Any] = {
 }
 """Arguments of every run."""
 
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm or a candidate sets beside what all share.
+
+    Attributes:
+        arguments: those that differ.
+        with_translations: the instructions hold the translation pairs too.
+        on_questions: the language space and the contrastive pairs are of the prompts of the instructions, which are
+            parallel too.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    with_translations: bool = False
+    on_questions: bool = False
+
+
 _BOTH_TASKS = {"per_device_train_batch_size": 16, "max_length": 256, "too_long": "error"}
 
-ARMS: dict[str, dict[str, Any]] = {
-    PLAIN: {"shift": False, "w_mcl": 0.0, "w_gen": 1.0},
-    "translation": {"shift": False, "w_mcl": 0.0, "w_gen": 1.0, **_BOTH_TASKS},
-    "shift": {"w_mcl": 0.0, "w_gen": 1.0},
-    "mcl": {"shift": False},
-    SHIFCON: {},
-    "official": {"recipe": "official"},
-    "random": {"intervention": "random"},
-    "subspace": {"intervention": "subspace"},
+ARMS = {
+    PLAIN: Arm({"shift": False, "w_mcl": 0.0, "w_gen": 1.0}),
+    "translation": Arm({"shift": False, "w_mcl": 0.0, "w_gen": 1.0, **_BOTH_TASKS}, with_translations=True),
+    "shift": Arm({"w_mcl": 0.0, "w_gen": 1.0}),
+    "mcl": Arm({"shift": False}),
+    SHIFCON: Arm(),
+    "official": Arm({"recipe": "official"}),
+    "random": Arm({"intervention": "random"}),
+    "subspace": Arm({"intervention": "subspace"}),
 }
-"""Arm → arguments that differ."""
 
 SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
 
 _AFP = {"shift": False, "mcl_mode": "unshifted"}
 _LIGHT = {"w_gen": 1.0, "w_mcl": 0.2}
 
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "shifcon-light": _LIGHT,
-    "shifcon-anchored": {"anchor_pivot": True},
-    "shifcon-distilled": {"w_distillation": 1.0},
-    "shifcon-replayed": {"w_replay": 1.0},
-    "shifcon-questions": _LIGHT,
-    "afp": _AFP,
-    "afp-anchored": {**_AFP, "anchor_pivot": True},
-    "afp-light": {**_AFP, **_LIGHT},
-    "afp-questions": {**_AFP, **_LIGHT},
-    "afp-translation": {**_AFP, **_LIGHT, **_BOTH_TASKS},
-    "shifcon-standardised": {**_LIGHT, "standardise_contrast": True},
-    "afp-standardised": {**_AFP, **_LIGHT, "standardise_contrast": True},
+CANDIDATES = {
+    "shifcon-light": Arm(_LIGHT),
+    "shifcon-anchored": Arm({"anchor_pivot": True}),
+    "shifcon-distilled": Arm({"w_distillation": 1.0}),
+    "shifcon-replayed": Arm({"w_replay": 1.0}),
+    "shifcon-questions": Arm(_LIGHT, on_questions=True),
+    "afp": Arm(_AFP),
+    "afp-anchored": Arm({**_AFP, "anchor_pivot": True}),
+    "afp-light": Arm({**_AFP, **_LIGHT}),
+    "afp-questions": Arm({**_AFP, **_LIGHT}, on_questions=True),
+    "afp-translation": Arm({**_AFP, **_LIGHT, **_BOTH_TASKS}, with_translations=True),
+    "shifcon-standardised": Arm({**_LIGHT, "standardise_contrast": True}),
+    "afp-standardised": Arm({**_AFP, **_LIGHT, "standardise_contrast": True}),
 }
-"""Tried on the questions of the dev territories: candidate → arguments that differ."""
+"""Tried on the questions of the dev territories."""
 
 SEARCH_SEEDS = (101,)
-
-WITH_TRANSLATIONS = ("translation", "afp-translation")
-"""Those whose instructions hold the translation pairs too."""
-
-ON_QUESTIONS = ("shifcon-questions", "afp-questions")
-"""Those whose language space and contrastive pairs are the prompts of the instructions, which are parallel too."""
 
 
 def runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
@@ -117,20 +131,25 @@ def search_runs(models: tuple[str, ...] = MODELS) -> list[tuple[str, str, int]]:
     ]
 
 
-def split_of(seed: int) -> Split:
-    """Of the territories whose questions a run is measured on."""
+def split_for(seed: int) -> Split:
+    """That of the territories whose questions a run is measured on."""
     return "dev" if seed >= SEARCH_SEEDS[0] else "test"
+
+
+def made_of(arm: str) -> Arm:
+    """An arm or a candidate by its name."""
+    return (ARMS | CANDIDATES)[arm]
 
 
 def arguments(model: str, arm: str) -> dict[str, Any]:
     """The trainer's arguments of an arm or a candidate, but for seed and folder."""
     forward, backward = AREAS[model]
-    return {**TRAINING, "forward": forward, "backward": backward, **(ARMS | CANDIDATES)[arm]}
+    return {**TRAINING, "forward": forward, "backward": backward, **made_of(arm).arguments}
 
 
 def fingerprint(model: str, arm: str) -> str:
     """SHA-256 of all that decides a run's result but for its seed, the software and the data files."""
-    made_of: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "protocol": PROTOCOL,
         "model": model,
         "languages": LANGUAGES,
@@ -140,6 +159,6 @@ def fingerprint(model: str, arm: str) -> str:
         "lora": LORA,
         "arguments": arguments(model, arm) if arm != BASE else None,
     }
-    if arm in ON_QUESTIONS:
-        made_of["parallel"] = "questions"
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    if arm != BASE and made_of(arm).on_questions:
+        parts["parallel"] = "questions"
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

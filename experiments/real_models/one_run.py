@@ -13,19 +13,20 @@ from arms import (
     ATTENTION,
     BASE,
     CHOICES,
+    CONTINUED_ROWS,
     FLORES_ROWS,
     LANGUAGES,
     LORA,
-    ON_QUESTIONS,
+    NEW_TOKENS,
     PIVOT,
     SENTENCES,
     SPACE_ROWS,
     TRANSLATION_ROWS,
     TRANSLATIONS,
     WEAK,
-    WITH_TRANSLATIONS,
     arguments,
-    split_of,
+    made_of,
+    split_for,
 )
 from peft import LoraConfig
 from stored import questions, write_run
@@ -35,6 +36,7 @@ from shifcon_fast.data.cldr import cldr_instructions
 from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import area_of
+from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.result import EvaluationResult
@@ -100,7 +102,8 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     if arm != BASE and not arguments(model, arm).get("shift", True):
         trained.shifcon.detach()  # it was there for the contrastive pass alone, if for anything
     text = _rows(data / "flores200_devtest.jsonl", FLORES_ROWS)
-    result = measure(trained, tokenizer, questions(split_of(seed)), text)
+    result = measure(trained, tokenizer, questions(split_for(seed)), text)
+    known["continued"] = continued(trained, tokenizer, text)
     write_run(results / model / f"{arm}-{seed}.json", result, known)
 
 
@@ -134,6 +137,32 @@ def measure(
     )
 
 
+@torch.no_grad()
+def continued(model: Any, tokenizer: Any, text: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Language → what the model, as it is used, says after the first half of a sentence.
+
+    ``in_language`` is whether that is in the sentence's language, None where it cannot be told.
+    """
+    begun = []
+    for code, rows in text.items():
+        for row in CONTINUED_ROWS:
+            words = rows[row].split()
+            first, rest = words[: len(words) // 2], words[len(words) // 2 :]
+            begun.append(Question(row, code, " ".join(first), " ".join(rest)))
+    handle = getattr(model, "shifcon", None)
+    extra: dict[str, Any] = {"handle": handle, "batch_size": CHOICES, "stop_strings": ()}
+    with evaluation_mode(model):
+        outcomes = answer_questions(model, tokenizer, begun, max_new_tokens=NEW_TOKENS, **extra)
+    return {
+        code: [
+            {"text": each.response, "in_language": each.in_language}
+            for each in outcomes
+            if each.language == code
+        ]
+        for code in text
+    }
+
+
 def train(
     model: str, arm: str, seed: int, *, folder: Path, tokenizer: Any, data: Path, work: Path
 ) -> tuple[Any, dict[str, Any]]:
@@ -161,9 +190,9 @@ def train(
         args,
         processing_class=tokenizer,
         train_dataset=instructions(arm, data),
-        parallel=prompts() if arm in ON_QUESTIONS else translations(data),
+        parallel=prompts() if made_of(arm).on_questions else translations(data),
         space=LanguageSpace.load(
-            _space_folder(work, model, "questions" if arm in ON_QUESTIONS else args.recipe)
+            _space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe)
         ),
     )
     assert trainer.handle is not None
@@ -176,7 +205,7 @@ def train(
 def instructions(arm: str, data: Path) -> list[dict[str, str]]:
     """The facts of the train territories; for some as many translation tasks besides."""
     facts = cldr_instructions(LANGUAGES, split="train")
-    if arm not in WITH_TRANSLATIONS:
+    if not made_of(arm).with_translations:
         return facts
     text = translations(data)
     tasks = []

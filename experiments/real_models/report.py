@@ -147,6 +147,8 @@ BESIDES = [
     "perplexity ÷ plain, weak",
     f"… {PIVOT}",
     "MEXA, weak",
+    "goes on in its language, weak",
+    f"… {PIVOT}",
     "largest dose",
     "minutes of a core",
 ]
@@ -172,11 +174,24 @@ def besides(
                 arm,
                 *(f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in ratios),
                 f"{sum(middle) / len(middle):.2f}",
+                *(_in_language(found, codes) for codes in (WEAK, [PIVOT])),
                 f"{max(doses):.2f}" if doses else "–",
                 f"{_mean_seconds(found) / 60:.1f}",
             ]
         )
     return rows
+
+
+def _in_language(found: list[tuple[Any, dict[str, Any]]], codes: Sequence[str]) -> str:
+    """The share of what can be told; of the runs in which it was looked at."""
+    told = [
+        each["in_language"]
+        for _, known in found
+        for code in codes
+        for each in known.get("continued", {}).get(code, [])
+        if each["in_language"] is not None
+    ]
+    return f"{100 * sum(told) / len(told):.0f} %" if told else "–"
 
 
 def _mean_seconds(found: list[tuple[Any, dict[str, Any]]]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arms import LANGUAGES, PIVOT, PROTOCOL, fingerprint, split_of
+from arms import LANGUAGES, PIVOT, PROTOCOL, fingerprint, split_for
 
 from shifcon_fast.data.cldr import Split, cldr_rows
 from shifcon_fast.data.questions import Question, read_questions
@@ -70,7 +70,7 @@ def read_run(path: Path) -> tuple[EvaluationResult, dict[str, Any]]:
                 f"{path}: {name} is {held[name]}, that of protocol.md and arms.py {wanted}: it was made by another "
                 "version of the experiment. Delete it, and run it again"
             )
-    asked = {f"{each.row}.{each.language}": each for each in questions(split_of(held["seed"]))}
+    asked = {f"{each.row}.{each.language}": each for each in questions(split_for(held["seed"]))}
     if asked.keys() != held["choices"].keys():
         raise ValueError(
             f"{path}: holds {len(held['choices'])} answers; wanted those of {len(asked)} questions"
