@@ -175,9 +175,9 @@ class _Forward:
         self.hook.remove()  # the loss calls the head again
         (self._hidden, *rest) = args
         if self._tries:
-            return self._hidden[:, -_TRIED:], *rest
+            return _last(self._hidden, _TRIED), *rest
         # Quantised heads may not take what is empty.
-        return self._hidden[:, :0] if type(head) is nn.Linear else self._hidden[:, -1:], *rest
+        return self._hidden[:, :0] if type(head) is nn.Linear else _last(self._hidden, 1), *rest
 
     def put_loss(self, model: nn.Module, args: Any, output: Any) -> Any:
         labels, hidden = self._labels, self._hidden
@@ -204,7 +204,7 @@ class _Forward:
 
     def _has_logits_like_ours(self, hidden: Tensor, logits: Tensor) -> bool:
         with torch.no_grad():
-            ours = self._finish(self.head(hidden[:, -_TRIED:])).float()
+            ours = self._finish(self.head(_last(hidden, _TRIED))).float()
             theirs = logits.float()
             tolerance = 4 * torch.finfo(hidden.dtype).eps * theirs.abs().max()
             return bool(ours.shape == theirs.shape and ((ours - theirs).abs() <= tolerance).all())
@@ -220,6 +220,14 @@ class _Forward:
             self.found.losses = _by_language(loss, places, labels)
         items = len(places) if self._items is None else self._items
         return loss.total / (items.to(hidden.device) if isinstance(items, Tensor) else items)
+
+
+def _last(hidden: Tensor, count: int) -> Tensor:
+    """The last positions, contiguous: of others a CPU copies the matrix once a row, half a minute for Gemma's head.
+
+    See :mod:`shifcon_fast.modeling.contiguous_head`.
+    """
+    return hidden[:, -count:].contiguous()
 
 
 def _by_language(loss: HeadLoss, places: Tensor, labels: Tensor) -> TokenLosses | LanguageSums:
