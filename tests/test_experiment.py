@@ -108,6 +108,7 @@ def test_every_arm_is_one_that_the_trainer_takes(experiment: dict[str, ModuleTyp
         args = ShifConArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
         assert (args.forward, args.backward) == arms.AREAS[MODEL]
         assert args.learning_rate == arms.TRAINING["learning_rate"]
+        assert {"w_gen", "w_mcl"} <= options.keys()  # not the recipe's, which may change
 
 
 def test_the_search_has_territories_and_seeds_of_its_own(experiment: dict[str, ModuleType]) -> None:

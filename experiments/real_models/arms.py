@@ -49,6 +49,9 @@ TRAINING: dict[str, Any] = {
 }
 """Arguments of every run."""
 
+WEIGHTS: dict[str, Any] = {"w_gen": 0.5, "w_mcl": 2.0}
+"""Of the losses, unless an arm says otherwise: the authors', and both recipes' when the protocol was written."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -143,6 +146,10 @@ def made_of(arm: str) -> Arm:
 
 def arguments(model: str, arm: str) -> dict[str, Any]:
     """The trainer's arguments of an arm or a candidate, but for seed and folder."""
+    return {**WEIGHTS, **_chosen(model, arm)}
+
+
+def _chosen(model: str, arm: str) -> dict[str, Any]:
     forward, backward = AREAS[model]
     return {**TRAINING, "forward": forward, "backward": backward, **made_of(arm).arguments}
 
@@ -157,7 +164,7 @@ def fingerprint(model: str, arm: str) -> str:
         "translations": TRANSLATIONS,
         "attention": ATTENTION,
         "lora": LORA,
-        "arguments": arguments(model, arm) if arm != BASE else None,
+        "arguments": _chosen(model, arm) if arm != BASE else None,  # beside WEIGHTS, which the protocol fixes
     }
     if arm != BASE and made_of(arm).on_questions:
         parts["parallel"] = "questions"
