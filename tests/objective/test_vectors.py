@@ -144,6 +144,7 @@ def test_bad_arguments(space: LanguageSpace) -> None:
 
 
 def test_recipes_hold_the_documented_numbers() -> None:
+    assert (STABLE.w_gen, STABLE.w_mcl, STABLE.temperature) == (1.0, 0.2, 0.05)
     official = {
         "w_gen": 0.5,
         "w_mcl": 2.0,

@@ -40,6 +40,8 @@ SETTINGS: dict[str, Any] = {
     "contrastive_mini_batch_size": 3,
     "gather_across_devices": True,
     "train_sampling_strategy": "sequential",
+    "w_gen": 0.5,
+    "w_mcl": 2.0,  # so that the contrastive gradient weighs: AdamW makes a step of a small one's rounding
     "w_anchor": 0.5,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",

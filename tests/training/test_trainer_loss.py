@@ -317,7 +317,7 @@ def test_evaluation_is_the_shifted_generation_loss(
 def test_missing_inputs_are_named(make_trainer: Callable[..., ShifConTrainer]) -> None:
     with pytest.raises(ValueError, match="space: none given"):
         make_trainer(space=None)
-    with pytest.raises(ValueError, match=r"parallel: none given; wanted translations, for w_mcl is 2\.0"):
+    with pytest.raises(ValueError, match=r"parallel: none given; wanted translations, for w_mcl is 0\.2"):
         make_trainer(parallel=None)
     with pytest.raises(ValueError, match="parallel: none given; vectors='refresh'"):
         make_trainer(parallel=None, w_mcl=0.0, vectors="refresh")
