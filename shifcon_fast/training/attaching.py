@@ -159,3 +159,23 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
                 f"{checkpoint / CARD}: {name} is {card[name]}, here it is {value}; resume with the arguments "
                 "and the space of the run"
             )
+
+
+def say_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Warn of arguments of the method that a checkpoint was trained with and that are others here.
+
+    They may be meant, and they may be a recipe's of another version.
+
+    Args:
+        settings: as ``ShifConArguments.method_settings`` gives them.
+    """
+    before: Mapping[str, Any] = read_card(checkpoint)["training"]
+    differing = [
+        f"{name} {before[name]} (here {value})"
+        for name, value in settings.items()
+        if name in before and before[name] != value
+    ]
+    if differing:
+        logger.warning(
+            "%s: was trained with %s; the run goes on with those here", checkpoint, ", ".join(differing)
+        )

@@ -97,6 +97,19 @@ def test_resume_equals_an_uninterrupted_run(
     )  # type: ignore[union-attr]
 
 
+def test_resume_says_what_is_trained_otherwise(
+    make_trainer: Callable[..., ShifConTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(max_steps=2, w_mcl=2.0, **STEPS).train()
+    make_trainer(max_steps=3, w_mcl=2.0, **STEPS).train(resume_from_checkpoint=True)
+    assert not any("was trained with" in each for each in caplog.messages)
+    make_trainer(max_steps=4, w_gen=3.0, **STEPS).train(resume_from_checkpoint=True)
+    (said,) = (each for each in caplog.messages if "was trained with" in each)
+    assert (
+        "was trained with w_gen 1.0 (here 3.0), w_mcl 2.0 (here 0.2); the run goes on with those here" in said
+    )
+
+
 def test_resume_refuses_another_area(make_trainer: Callable[..., ShifConTrainer]) -> None:
     make_trainer(max_steps=2, **STEPS).train()
     other = make_trainer(max_steps=4, forward=2, backward=3, **STEPS)
