@@ -284,7 +284,7 @@ def reseal(folder: Path) -> None:
 
 def resume(world: World, folder: Path) -> None:
     for checkpoint in list_checkpoints(folder.parent):
-        check_same_run(checkpoint, world.handle)
+        check_same_run(checkpoint, world.handle, {})
         load_vectors(checkpoint, world.vectors)
 
 
@@ -394,7 +394,7 @@ def test_leftovers_of_writers_are_not_acted_on(world: World, tmp_path: Path, rec
     EvaluationResult.load(run)
     read_folder(run)
     assert list_checkpoints(run) == [run / "checkpoint-3"]
-    check_same_run(run / "checkpoint-3", world.handle)
+    check_same_run(run / "checkpoint-3", world.handle, {})
     if record is LEFTOVERS[1]:  # takes seconds
         sf.load(run, base=world.base)
         report_folder(run, tmp_path / "pages")

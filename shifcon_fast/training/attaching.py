@@ -130,8 +130,13 @@ def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]
     return area.span
 
 
-def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
+def check_same_run(checkpoint: Path, handle: ShiftHandle | None, settings: Mapping[str, Any]) -> None:
     """Refuse to resume from a checkpoint whose method was set up in another way.
+
+    Other arguments than it was trained with may be meant, and may be a recipe's of another version: they are said.
+
+    Args:
+        settings: as ``ShifConArguments.method_settings`` gives them.
 
     Raises:
         ValueError: not a checkpoint, or one of another area, recipe or other languages.
@@ -159,21 +164,11 @@ def check_same_run(checkpoint: Path, handle: ShiftHandle | None) -> None:
                 f"{checkpoint / CARD}: {name} is {card[name]}, here it is {value}; resume with the arguments "
                 "and the space of the run"
             )
-
-
-def say_other_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Warn of arguments of the method that a checkpoint was trained with and that are others here.
-
-    They may be meant, and they may be a recipe's of another version.
-
-    Args:
-        settings: as ``ShifConArguments.method_settings`` gives them.
-    """
-    before: Mapping[str, Any] = read_card(checkpoint)["training"]
+    trained: Mapping[str, Any] = card["training"]
     differing = [
-        f"{name} {before[name]} (here {value})"
+        f"{name} {trained[name]} (here {value})"
         for name, value in settings.items()
-        if name in before and before[name] != value
+        if name in trained and trained[name] != value
     ]
     if differing:
         logger.warning(

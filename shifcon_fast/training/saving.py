@@ -16,7 +16,7 @@ from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import replacing, staging_folder
 from shifcon_fast.training.arguments import ShifConArguments
-from shifcon_fast.training.attaching import check_same_run, say_other_settings
+from shifcon_fast.training.attaching import check_same_run
 from shifcon_fast.training.batches.contrastive_data import ContrastiveSampler
 from shifcon_fast.training.batches.training_data import TrainingData
 from shifcon_fast.training.language_vectors import VECTORS, load_vectors
@@ -114,8 +114,7 @@ class SavingTrainer:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_run(Path(resume_from_checkpoint), self.handle)
-        say_other_settings(Path(resume_from_checkpoint), self.args.method_settings())
+        check_same_run(Path(resume_from_checkpoint), self.handle, self.args.method_settings())
         with shift_is_not_lost():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         self._load_vectors(Path(resume_from_checkpoint))
@@ -123,8 +122,7 @@ class SavingTrainer:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None and self.is_deepspeed_enabled:  # which loads the weights by itself
-            check_same_run(Path(checkpoint), self.handle)
-            say_other_settings(Path(checkpoint), self.args.method_settings())
+            check_same_run(Path(checkpoint), self.handle, self.args.method_settings())
             self._load_vectors(Path(checkpoint))
 
     def _load_best_model(self) -> None:
