@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from arms import AREAS, ATTENTION, MODELS, PIVOT, WEAK
-from one_run import prepare, translations
-from run import DATA
+from one_run import prepare, space_folder, translations
+from run import DATA, WORK
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -33,7 +33,6 @@ from shifcon_fast.storage import write_json
 from shifcon_fast.training.weights.quantization import load_quantized
 
 PAIRS, SENTENCES, TEMPERATURE = 8, 64, 0.05
-WORK = Path.home() / ".cache" / "shifcon_fast" / "experiment"
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def of_model(name: str, data: Path, work: Path) -> list[dict[str, Any]]:
     model = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
     model.set_attn_implementation(ATTENTION)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    space = LanguageSpace.load(work / "spaces" / f"{name}-stable")
+    space = LanguageSpace.load(space_folder(work, name, "stable"))
     text = translations(data)
     with torch.no_grad(), evaluation_mode(model):
         seen = {code: represent(model, tokenizer, text[code][:SENTENCES], AREAS[name]) for code in text}

@@ -73,7 +73,7 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
         "questions": ("stable", prompts()),
     }
     for name, (recipe, text) in spaces.items():
-        place = _space_folder(work, model, name)
+        place = space_folder(work, model, name)
         if (place / "language_space.json").is_file():
             continue
         loaded = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
@@ -192,7 +192,7 @@ def train(
         train_dataset=instructions(arm, data),
         parallel=prompts() if made_of(arm).on_questions else translations(data),
         space=LanguageSpace.load(
-            _space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe)
+            space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe)
         ),
     )
     assert trainer.handle is not None
@@ -237,5 +237,6 @@ def _rows(path: Path, rows: range) -> dict[str, list[str]]:
     }
 
 
-def _space_folder(work: Path, model: str, name: str) -> Path:
+def space_folder(work: Path, model: str, name: str) -> Path:
+    """Where one of the language spaces that :func:`prepare` estimates lies."""
     return work / "spaces" / f"{model}-{name}"

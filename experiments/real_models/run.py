@@ -27,6 +27,7 @@ from stored import read_run
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DATA = HERE.parents[2] / "shared" / "data"
+WORK = Path.home() / ".cache" / "shifcon_fast" / "experiment"
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of NTREX-128 and FLORES-200")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "shifcon_fast" / "experiment")
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ARM", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
