@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,8 @@ def experiment() -> dict[str, ModuleType]:
     sys.path.insert(0, str(FOLDER))
     try:
         return {
-            name: importlib.import_module(name) for name in ("arms", "stored", "run", "report", "one_run")
+            name: importlib.import_module(name)
+            for name in ("arms", "stored", "texts", "run", "report", "one_run")
         }
     finally:
         sys.path.remove(str(FOLDER))
@@ -125,10 +127,10 @@ def test_the_search_has_territories_and_seeds_of_its_own(experiment: dict[str, M
 
 
 def test_train_and_test_share_no_territory(experiment: dict[str, ModuleType], shifcon_data: Path) -> None:
-    facts = experiment["one_run"].instructions("plain", shifcon_data)
-    both = experiment["one_run"].instructions("translation", shifcon_data)
+    facts = experiment["texts"].instructions("plain", shifcon_data)
+    both = experiment["texts"].instructions("translation", shifcon_data)
     assert both[::2] == facts
-    prompts = experiment["one_run"].prompts()
+    prompts = experiment["texts"].prompts()
     assert [row["prompt"] for row in facts] == [
         each for row in zip(*prompts.values(), strict=True) for each in row
     ]
@@ -172,6 +174,41 @@ def test_results_of_something_else_are_refused(
     (tmp_path / MODEL / "plain-1.json").write_text(json.dumps({**held, **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         experiment["run"].is_done(tmp_path, MODEL, "plain", 1)
+
+
+def test_arms_of_unequal_text_are_refused(
+    experiment: dict[str, ModuleType],
+    results: Path,
+    shifcon_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest = experiment["texts"].digest
+    other = tmp_path / "data"
+    shutil.copytree(shifcon_data, other)
+    rows = (other / "ntrex128.jsonl").read_text(encoding="utf-8").splitlines()
+    rows[0] = rows[1]
+    (other / "ntrex128.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert digest(shifcon_data) == digest(Path(str(shifcon_data)))
+    assert digest(other) != digest(shifcon_data)
+
+    mine = tmp_path / "results"
+    shutil.copytree(results, mine)
+    for arm, data in (("plain", shifcon_data), ("shifcon", other)):
+        path = mine / MODEL / f"{arm}-1.json"
+        held = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**held, "text": digest(data)}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"shifcon-1.json: was trained on and measured with other text"):
+        experiment["report"].read_runs(mine, experiment["arms"].runs())
+    monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(mine), "--data", str(other)])
+    with pytest.raises(SystemExit, match=r"plain-1.json: was trained on .* that of the data folder is"):
+        experiment["run"].main()
+    (mine / MODEL / "shifcon-1.json").unlink()
+    assert experiment["report"].read_runs(mine, experiment["arms"].runs()).keys() == {
+        "base",
+        "plain",
+        "shifcon",
+    }
 
 
 def test_the_report_is_made_of_what_there_is(

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from arms import AREAS, ATTENTION, MODELS, PIVOT, WEAK
-from one_run import prepare, space_folder, translations
+from one_run import prepare, space_folder
 from run import DATA, WORK
+from texts import translations
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -58,7 +59,7 @@ def of_model(name: str, data: Path, work: Path) -> list[dict[str, Any]]:
     model = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
     model.set_attn_implementation(ATTENTION)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    space = LanguageSpace.load(space_folder(work, name, "stable"))
+    space = LanguageSpace.load(space_folder(work, name, "stable", data=data))
     text = translations(data)
     with torch.no_grad(), evaluation_mode(model):
         seen = {code: represent(model, tokenizer, text[code][:SENTENCES], AREAS[name]) for code in text}

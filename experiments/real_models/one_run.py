@@ -14,15 +14,10 @@ from arms import (
     BASE,
     CHOICES,
     CONTINUED_ROWS,
-    FLORES_ROWS,
-    LANGUAGES,
     LORA,
     NEW_TOKENS,
     PIVOT,
     SENTENCES,
-    SPACE_ROWS,
-    TRANSLATION_ROWS,
-    TRANSLATIONS,
     WEAK,
     arguments,
     made_of,
@@ -30,10 +25,9 @@ from arms import (
 )
 from peft import LoraConfig
 from stored import questions, write_run
+from texts import digest, instructions, news, prompts, sentences, translations
 from transformers import AutoTokenizer
 
-from shifcon_fast.data.cldr import cldr_instructions
-from shifcon_fast.data.parallel import read_parallel
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import area_of
 from shifcon_fast.evaluation.exact_match import answer_questions
@@ -53,12 +47,6 @@ from shifcon_fast.version import package_versions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "real_models"
 
-_TRANSLATE = {
-    "en": "Translate into English", "de": "Translate into German", "fr": "Translate into French",
-    "sw": "Translate into Swahili", "tr": "Translate into Turkish", "hi": "Translate into Hindi",
-    "id": "Translate into Indonesian",
-}  # fmt: skip
-
 
 def prepare(model: str, *, data: Path, work: Path) -> Path:
     """The model's folder; its language spaces are estimated where they are not there yet."""
@@ -66,14 +54,13 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
     from fetch import fetch
 
     folder: Path = fetch(model, None)
-    news = _rows(data / "ntrex128.jsonl", SPACE_ROWS)
     spaces: dict[str, tuple[Recipe, dict[str, list[str]]]] = {
-        "stable": ("stable", news),
-        "official": ("official", news),
+        "stable": ("stable", news(data)),
+        "official": ("official", news(data)),
         "questions": ("stable", prompts()),
     }
     for name, (recipe, text) in spaces.items():
-        place = space_folder(work, model, name)
+        place = space_folder(work, model, name, data=data)
         if (place / "language_space.json").is_file():
             continue
         loaded = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
@@ -91,6 +78,7 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     start = time.process_time()
     known: dict[str, Any] = {"model": model, "arm": arm, "seed": seed, "processor": processor()}
+    known["text"] = digest(data)
     if arm == BASE:
         trained = load_quantized(folder, None, "nf4", dtype=torch.bfloat16)
         trained.set_attn_implementation(ATTENTION)
@@ -101,7 +89,7 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     known["training_seconds"] = round(time.process_time() - start, 1)
     if arm != BASE and not arguments(model, arm).get("shift", True):
         trained.shifcon.detach()  # it was there for the contrastive pass alone, if for anything
-    text = _rows(data / "flores200_devtest.jsonl", FLORES_ROWS)
+    text = sentences(data)
     result = measure(trained, tokenizer, questions(split_for(seed)), text)
     known["continued"] = continued(trained, tokenizer, text)
     write_run(results / model / f"{arm}-{seed}.json", result, known)
@@ -192,7 +180,7 @@ def train(
         train_dataset=instructions(arm, data),
         parallel=prompts() if made_of(arm).on_questions else translations(data),
         space=LanguageSpace.load(
-            space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe)
+            space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe, data=data)
         ),
     )
     assert trainer.handle is not None
@@ -202,41 +190,6 @@ def train(
     return trainer.model, {"dose": dose, "log": steps}
 
 
-def instructions(arm: str, data: Path) -> list[dict[str, str]]:
-    """The facts of the train territories; for some as many translation tasks besides."""
-    facts = cldr_instructions(LANGUAGES, split="train")
-    if not made_of(arm).with_translations:
-        return facts
-    text = translations(data)
-    tasks = []
-    for place in range(len(facts)):
-        code, row = WEAK[place % len(WEAK)], place % TRANSLATIONS
-        source, target = (code, PIVOT) if (place // len(WEAK)) % 2 else (PIVOT, code)
-        prompt = f"{_TRANSLATE[target]}: {text[source][row]}"
-        tasks.append({"lang": target, "prompt": prompt, "response": text[target][row]})
-    return [row for pair in zip(facts, tasks, strict=True) for row in pair]
-
-
-def prompts() -> dict[str, list[str]]:
-    """Those of the train territories' facts: the same questions in every language, in the same order."""
-    facts = cldr_instructions(LANGUAGES, split="train")
-    return {code: [row["prompt"] for row in facts if row["lang"] == code] for code in LANGUAGES}
-
-
-def translations(data: Path) -> dict[str, list[str]]:
-    """The rows whose sentence is shortest in the pivot, in the order of the data."""
-    text = _rows(data / "ntrex128.jsonl", TRANSLATION_ROWS)
-    order = sorted(range(len(TRANSLATION_ROWS)), key=lambda row: len(text[PIVOT][row]))
-    kept = sorted(order[:TRANSLATIONS])
-    return {code: [rows[row] for row in kept] for code, rows in text.items()}
-
-
-def _rows(path: Path, rows: range) -> dict[str, list[str]]:
-    return {
-        code: text[rows.start : rows.stop] for code, text in read_parallel(path, languages=LANGUAGES).items()
-    }
-
-
-def space_folder(work: Path, model: str, name: str) -> Path:
-    """Where one of the language spaces that :func:`prepare` estimates lies."""
-    return work / "spaces" / f"{model}-{name}"
+def space_folder(work: Path, model: str, name: str, *, data: Path) -> Path:
+    """Where one of the language spaces that :func:`prepare` estimates lies; other text has spaces of its own."""
+    return work / "spaces" / digest(data)[:12] / f"{model}-{name}"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, arguments, runs, search_runs
 from page_regions import filled
 from run import RESULTS, is_done, result_file
-from stored import read_run
+from stored import of_one_text, read_run
 
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.evaluation.cells import percent, points
@@ -93,9 +93,13 @@ def read_runs(
 ) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """arm → (evaluation, what is known of the run) of each of its runs there is, both in the order of the plan."""
     held: dict[str, list[tuple[Any, dict[str, Any]]]] = {arm: [] for _, arm, _ in planned}
+    read = {}
     for model, arm, seed in planned:
         if is_done(results, model, arm, seed):
-            held[arm].append(read_run(result_file(results, model, arm, seed)))
+            path = result_file(results, model, arm, seed)
+            held[arm].append(read_run(path))
+            read[path] = held[arm][-1][1]
+    of_one_text(read)
     return {arm: found for arm, found in held.items() if found}
 
 

@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from arms import BASE, MODELS, runs, search_runs
-from stored import read_run
+from stored import of_one_text, read_run
+from texts import digest
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -57,6 +58,11 @@ def main() -> None:
         planned = search_runs() if options.search else runs()
         wanted = chosen(planned, options.models, options.arms, options.seeds)
         waiting = [run for run in wanted if not is_done(options.results, *run)]
+        if waiting and not options.list:
+            held = [result_file(options.results, *run) for run in (*runs(), *search_runs())]
+            of_one_text(
+                {path: read_run(path)[1] for path in held if path.is_file()}, given=digest(options.data)
+            )
     except ValueError as error:
         sys.exit(f"run.py: {error}")
     print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done")

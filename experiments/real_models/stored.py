@@ -55,6 +55,29 @@ def write_run(path: Path, result: EvaluationResult, run: Mapping[str, Any]) -> N
     )
 
 
+def of_one_text(runs: Mapping[Path, Mapping[str, Any]], *, given: str | None = None) -> None:
+    """Refuse runs of unequal text; those made before a result named its own are taken as they are.
+
+    Args:
+        runs: result file → what is known of the run.
+        given: the digest (``texts.digest``) that runs yet to be made would have.
+
+    Raises:
+        ValueError: two digests.
+    """
+    first: tuple[str, Any] | None = None if given is None else (given, "of the data folder")
+    for path, known in runs.items():
+        if (named := known.get("text")) is None:
+            continue
+        first = first or (named, f"of {path}")
+        if named != first[0]:
+            raise ValueError(
+                f"{path}: was trained on and measured with other text (SHA-256 {named[:12]}, that {first[1]} is "
+                f"{first[0][:12]}); arms are compared on the same. Delete it and run it again, or give the folder "
+                "of its text as --data"
+            )
+
+
 def read_run(path: Path) -> tuple[EvaluationResult, dict[str, Any]]:
     """(evaluation, what is known of the run).
 
