@@ -10,6 +10,7 @@ from typing import Any
 
 from shifcon_fast.data.languages import is_same_language
 from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.notices import warn_once
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace
@@ -127,6 +128,12 @@ def choose_area(args: ShifConArguments, space: LanguageSpace) -> tuple[int, int]
         area = propose_area(space)
         logger.info("for the contrastive loss: %s", area.reason)
     assert area.span is not None  # a proposal has one
+    if space.sweep is None and (args.shift or args.w_mcl):
+        warn_once(
+            f"forward, backward: none given and no sweep lies by the space; {area.forward} and {area.backward} are "
+            "guessed from the distance of the subspaces. What the shift does there, `shifcon sweep` (sweep_area) "
+            "measures, and it may find that no area helps"
+        )
     return area.span
 
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shifcon_fast.cli import app
+from shifcon_fast.notices import warn_once
 from shifcon_fast.space.area import propose_area
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
@@ -128,6 +129,27 @@ def test_without_the_shift_or_with_an_area_training_goes_on(harmful: Path) -> No
     assert choose_area(arguments(harmful, shift=False), space) == proposed  # for the contrastive pass
     with pytest.raises(ValueError, match=r"the sweep has 1\. Sweep with `--alpha 0.5`"):
         choose_area(arguments(harmful, alpha=0.5), space)
+
+
+def test_an_area_that_is_guessed_is_said(
+    helpful: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guessed = "are guessed from the distance of the subspaces"
+    measured = LanguageSpace.load(helpful)
+    warn_once.cache_clear()
+    choose_area(arguments(helpful), measured)
+    choose_area(arguments(helpful, forward=1, backward=2), measured)
+    assert guessed not in caplog.text
+    folder = tmp_path / "space"
+    shutil.copytree(helpful, folder, ignore=shutil.ignore_patterns("sweep.json"))
+    unmeasured = LanguageSpace.load(folder)
+    choose_area(arguments(helpful, forward=1, backward=2), unmeasured)
+    choose_area(arguments(helpful, shift=False, w_mcl=0.0), unmeasured)
+    assert guessed not in caplog.text
+    area = choose_area(arguments(helpful), unmeasured)
+    choose_area(arguments(helpful), unmeasured)
+    assert area == propose_area(unmeasured).span
+    assert caplog.text.count(f"{area[0]} and {area[1]} {guessed}") == 1
 
 
 def test_the_report_shows_the_sweep(shifcon: Shifcon, harmful: Path) -> None:
