@@ -223,7 +223,7 @@ class _Forward:
 
 
 def _last(hidden: Tensor, count: int) -> Tensor:
-    """The last positions, contiguous: of others a CPU copies the matrix once a row, half a minute for Gemma's head.
+    """The last positions, contiguous: of others a CPU copies the matrix of the head once a row.
 
     See :mod:`shifcon_fast.modeling.contiguous_head`.
     """

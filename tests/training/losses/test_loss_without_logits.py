@@ -78,7 +78,7 @@ def test_losses_and_gradients_are_the_models_own(
 
 
 def test_the_head_is_given_contiguous_hidden_states(tiny_model: Callable[..., Any]) -> None:
-    """Of a slice, a CPU copies the matrix for every row, in bfloat16: half a minute for a vocabulary of 262,144."""
+    """Of a slice, a CPU copies the matrix of the head for every row, in bfloat16."""
     model = tiny_model("gemma3_text").train()
     seen: list[bool] = []
     model.get_output_embeddings().register_forward_hook(
