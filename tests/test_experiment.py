@@ -119,7 +119,7 @@ def test_the_search_has_territories_and_seeds_of_its_own(experiment: dict[str, M
     assert {arms.split_for(seed) for _, _, seed in tried} == {"dev"}
     assert {arms.split_for(seed) for _, _, seed in reported} == {"test"}
     assert set(arms.CANDIDATES) <= {arm for _, arm, _ in tried}
-    assert not arms.CANDIDATES.keys() & arms.ARMS.keys()
+    assert arms.CANDIDATES.keys() & arms.ARMS.keys() == set(arms.CHOSEN)
     dev, test = ({each.row for each in questions(split)} for split in ("dev", "test"))
     assert dev
     assert test

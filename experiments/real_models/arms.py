@@ -82,8 +82,6 @@ ARMS = {
     "subspace": Arm({"intervention": "subspace"}),
 }
 
-SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
-
 _AFP = {"shift": False, "mcl_mode": "unshifted"}
 _LIGHT = {"w_gen": 1.0, "w_mcl": 0.2}
 
@@ -102,6 +100,13 @@ CANDIDATES = {
     "afp-standardised": Arm({**_AFP, **_LIGHT, "standardise_contrast": True}),
 }
 """Tried on the questions of the dev territories."""
+
+CHOSEN = ("shifcon-light",)
+"""Of them, arms of the test too; protocol.md says by what rule."""
+
+ARMS |= {name: CANDIDATES[name] for name in CHOSEN}
+
+SEEDS = {arm: (1, 2, 3, 4, 5) if arm in (PLAIN, SHIFCON) else (1, 2, 3) for arm in ARMS}
 
 SEARCH_SEEDS = (101,)
 
