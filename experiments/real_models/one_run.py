@@ -54,9 +54,10 @@ def prepare(model: str, *, data: Path, work: Path) -> Path:
     from fetch import fetch
 
     folder: Path = fetch(model, None)
+    sentences_of_news = news(data)
     spaces: dict[str, tuple[Recipe, dict[str, list[str]]]] = {
-        "stable": ("stable", news(data)),
-        "official": ("official", news(data)),
+        "stable": ("stable", sentences_of_news),
+        "official": ("official", sentences_of_news),
         "questions": ("stable", prompts()),
     }
     for name, (recipe, text) in spaces.items():
