@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ KIND = "experiment run"
 _DIGITS = 4  # of nats
 
 
+@cache
 def questions(split: Split) -> list[Question]:
     """The CLDR questions of a split's territories, in all languages."""
     return read_questions(cldr_rows(LANGUAGES, split=split))
