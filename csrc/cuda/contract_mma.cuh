@@ -84,27 +84,6 @@ struct ContractBlock {
         }
     }
 
-    // Eight means from a column on.
-    SHIFCON_DEVICE void load_mean(float (&values)[8], int row, int column) const {
-        const float* const mean = p.mean + static_cast<std::int64_t>(row_source[row]) * p.hidden;
-        if (p.hidden % 8 == 0) {
-            Floats halves[2]{};
-            if (column < p.hidden) {
-                halves[0] = *reinterpret_cast<const Floats*>(mean + column);
-                halves[1] = *reinterpret_cast<const Floats*>(mean + column + 4);
-            }
-#pragma unroll
-            for (int element = 0; element < 8; ++element) {
-                values[element] = halves[element / 4].value[element % 4];
-            }
-        } else {
-#pragma unroll
-            for (int element = 0; element < 8; ++element) {
-                values[element] = column + element < p.hidden ? mean[column + element] : 0.0f;
-            }
-        }
-    }
-
     SHIFCON_DEVICE void multiply(int slice, int stage, float (&sums)[2][8][4]) const {
         const int lane = lane_index(), quad = lane % 4;
         const int first_row = warp_index() % 4 * 32, rank_warp = warp_index() / 4;
@@ -119,7 +98,8 @@ struct ContractBlock {
                 Words words = *reinterpret_cast<const Words*>(rows + row_piece(row, half * 4 + quad));
                 if (p.mean != nullptr) {
                     float mean[8];
-                    load_mean(mean, row, slice + half * 32 + quad * 8);
+                    load_eight(mean, p.mean + static_cast<std::int64_t>(row_source[row]) * p.hidden,
+                               slice + half * 32 + quad * 8, p.hidden);
 #pragma unroll
                     for (int pair = 0; pair < 4; ++pair) {
                         words.word[pair] = centred<T>(words.word[pair], mean[2 * pair], mean[2 * pair + 1]);
@@ -194,7 +174,7 @@ SHIFCON_KERNEL(256) contract_mma(ContractArguments p) {
                                  reinterpret_cast<int*>(extra + 128 * 8)};
     for (int row = thread_index(); row < 128; row += block_threads()) {
         const bool present = row < tile.count;
-        const std::int64_t number = present ? p.groups.order[tile.begin + row] : 0;
+        const int number = present ? p.groups.order[tile.begin + row] : 0;
         block.row_offset[row] = present ? number * p.rows.stride : -1;
         block.row_source[row] = present && p.mean != nullptr ? p.ids.source_of(number) : 0;
     }

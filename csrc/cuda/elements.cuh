@@ -24,6 +24,10 @@ struct alignas(16) Floats {
     float value[4];
 };
 
+struct alignas(8) WordPair {
+    std::uint32_t word[2];
+};
+
 struct alignas(8) FloatPair {
     float first, second;
 };

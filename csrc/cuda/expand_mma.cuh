@@ -35,6 +35,7 @@ struct ExpandBlock {
     unsigned char* shared;
     static constexpr int kPieces = Steps * 2;  // of 16 bytes, in a row of V
     static constexpr int kBasisBytesOfAll = kExpandBasisBytes<Steps>;
+    static constexpr int kParts = 8 / Steps, kSplits = 2;  // of a lane's four rows: whose coefficients are read at once
 
     SHIFCON_DEVICE void load(int column, int first_rank, int stage) const {
         const int padded = p.coefficients.padded;
@@ -51,27 +52,79 @@ struct ExpandBlock {
 
     SHIFCON_DEVICE static int row_of(int part) { return warp_index() * 32 + part * 8 + lane_index() / 4; }
 
-    // A power of two that brings a row's coefficients into float16's range, and its inverse.
-    SHIFCON_DEVICE void find_scales(float (&scales)[4], float (&inverses)[4]) const {
+    // The lane's share of the coefficients of rows first_part .. of its four: columns 4 (lane % 4) .. + 3 of sixteen.
+    // They lie in L2, and what is read of two splits, sixteen pieces of 16 bytes, is under way at once.
+    SHIFCON_DEVICE void load_coefficients(Floats (&quads)[kParts][Steps], int first_part, int first_rank) const {
+        const int first = first_rank + lane_index() % 4 * 4, splits = p.coefficients.splits;
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
-            scales[part] = inverses[part] = 1.0f;
-            if constexpr (is_float16<T>) {
-                float largest = 0.0f;
-                if (row_of(part) < tile.count) {
+        for (int index = 0; index < kParts * Steps; ++index) {
+            quads[index / Steps][index % Steps] = {};
+        }
 #pragma unroll 1
-                    for (int column = lane_index() % 4; column < p.coefficients.padded; column += 4) {
-                        largest = fmaxf(largest, fabsf(p.coefficients.sum(tile.begin + row_of(part), column)));
+        for (int split = 0; split < splits; split += kSplits) {
+            Floats pieces[kSplits][kParts][Steps]{};
+#pragma unroll
+            for (int index = 0; index < kSplits * kParts; ++index) {
+                const int of = index / kParts, part = index % kParts, row = row_of(first_part + part);
+                const float* const from = p.coefficients.at(split + of, tile.begin + row) + first;
+                const bool present = split + of < splits && row < tile.count;
+#pragma unroll
+                for (int step = 0; step < Steps; ++step) {
+                    if (present && first + 16 * step < p.coefficients.padded) {
+                        pieces[of][part][step] = *reinterpret_cast<const Floats*>(from + 16 * step);
                     }
                 }
-                largest = fmaxf(largest, shuffle_xor(largest, 1));
-                largest = fmaxf(largest, shuffle_xor(largest, 2));
-                if (largest > 1e-30f && largest < 1e30f) {  // neither nothing nor infinity
-                    int exponent;
-                    frexpf(largest, &exponent);  // largest < 2^exponent
-                    scales[part] = ldexpf(1.0f, 14 - exponent);
-                    inverses[part] = ldexpf(1.0f, exponent - 14);
+            }
+#pragma unroll
+            for (int index = 0; index < 4 * kParts * Steps; ++index) {
+                const int part = index / Steps / 4, step = index / 4 % Steps;
+#pragma unroll
+                for (int of = 0; of < kSplits; ++of) {
+                    quads[part][step].value[index % 4] += pieces[of][part][step].value[index % 4];
                 }
+            }
+        }
+    }
+
+    SHIFCON_DEVICE static float largest_of(const Floats (&quads)[Steps]) {
+        float largest = 0.0f;
+#pragma unroll
+        for (int index = 0; index < 4 * Steps; ++index) {
+            largest = fmaxf(largest, fabsf(quads[index / 4].value[index % 4]));
+        }
+        return largest;
+    }
+
+    // A power of two that brings a row's coefficients into float16's range, and its inverse, from the largest that each
+    // of the row's four lanes has.
+    SHIFCON_DEVICE static void scale_by(float largest, float& scale, float& inverse) {
+        largest = fmaxf(largest, shuffle_xor(largest, 1));
+        largest = fmaxf(largest, shuffle_xor(largest, 2));
+        if (largest > 1e-30f && largest < 1e30f) {  // neither nothing nor infinity
+            int exponent;
+            frexpf(largest, &exponent);  // largest < 2^exponent
+            scale = ldexpf(1.0f, 14 - exponent);
+            inverse = ldexpf(1.0f, exponent - 14);
+        }
+    }
+
+    // For a rank that the registers do not hold at once; else round_coefficients finds the scales in what it reads.
+    SHIFCON_DEVICE void find_scales(int rank_tiles, float (&scales)[4], float (&inverses)[4]) const {
+#pragma unroll
+        for (int first_part = 0; first_part < 4; first_part += kParts) {
+            float largest[kParts] = {};
+#pragma unroll 1
+            for (int rank_tile = 0; rank_tile < rank_tiles; ++rank_tile) {
+                Floats quads[kParts][Steps];
+                load_coefficients(quads, first_part, rank_tile * 16 * Steps);
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+                    largest[part] = fmaxf(largest[part], largest_of(quads[part]));
+                }
+            }
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                scale_by(largest[part], scales[first_part + part], inverses[first_part + part]);
             }
         }
     }
@@ -80,26 +133,33 @@ struct ExpandBlock {
         return shared + kBasisBytesOfAll + slot * kExpandSlotBytes<Steps>;
     }
 
-    // The coefficients of the warp's own rows: float32 sums from global memory, whole rows at a time, rounded into
-    // shared memory.
-    SHIFCON_DEVICE void round_coefficients(int slot, const float (&scales)[4], int first_rank) const {
+    // The coefficients of the warp's own rows: float32 sums from global memory, rounded into shared memory.
+    SHIFCON_DEVICE void round_coefficients(int slot, int first_rank, bool whole_rank, float (&scales)[4],
+                                           float (&inverses)[4]) const {
         unsigned char* const rounded = rounded_of(slot);
-        const int lane = lane_index();
-        warp_barrier();  // the fragments of what was there before have been read
+        const int column = lane_index() % 4 * 4;  // of every sixteen
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
-            const int row = row_of(part);
-#pragma unroll 1
-            for (int column = lane % 4 * 4; column < 16 * Steps; column += 16) {
-                FloatPair low{0.0f, 0.0f}, high{0.0f, 0.0f};
-                if (row < tile.count && first_rank + column < p.coefficients.padded) {
-                    low = p.coefficients.pair_sum(tile.begin + row, first_rank + column);
-                    high = p.coefficients.pair_sum(tile.begin + row, first_rank + column + 2);
+        for (int first_part = 0; first_part < 4; first_part += kParts) {
+            Floats quads[kParts][Steps];
+            warp_barrier();  // old fragments have been read; and later rows are not loaded before: too many registers
+            load_coefficients(quads, first_part, first_rank);
+#pragma unroll
+            for (int part = first_part; part < first_part + kParts; ++part) {
+                const int row = row_of(part);
+                if constexpr (is_float16<T>) {
+                    if (whole_rank) {
+                        scale_by(largest_of(quads[part - first_part]), scales[part], inverses[part]);
+                    }
                 }
-                auto* const to = reinterpret_cast<std::uint32_t*>(
-                    rounded + row * kPieces * 16 + ((column / 8) ^ (row % 8)) * 16 + column % 8 * 2);
-                to[0] = pack<T>(low.first * scales[part], low.second * scales[part]);
-                to[1] = pack<T>(high.first * scales[part], high.second * scales[part]);
+#pragma unroll
+                for (int step = 0; step < Steps; ++step) {
+                    const float(&value)[4] = quads[part - first_part][step].value;
+                    const int piece = 2 * step + column / 8;
+                    auto* const to = reinterpret_cast<WordPair*>(rounded + (row * kPieces + (piece ^ (row % 8))) * 16 +
+                                                                 column % 8 * 2);
+                    *to = {{pack<T>(value[0] * scales[part], value[1] * scales[part]),
+                            pack<T>(value[2] * scales[part], value[3] * scales[part])}};
+                }
             }
         }
         warp_barrier();
@@ -141,17 +201,20 @@ struct ExpandBlock {
         }
     }
 
-    SHIFCON_DEVICE void store(int first_column, const float (&sums)[2][4][4], const int (&rows)[4],
-                              const float (&inverses)[4]) const {
-        const int column = first_column + lane_index() % 4 * 8;
-        const bool vectors = p.hidden % 8 == 0;
-        const float* const means =
-            p.mean == nullptr ? nullptr : p.mean + static_cast<std::int64_t>(tile.group) * p.hidden;
-        float mean[8];
-#pragma unroll
-        for (int element = 0; element < 8; ++element) {
-            mean[element] = means != nullptr && column + element < p.hidden ? means[column + element] : 0.0f;
+    // The columns of a lane are eight side by side.
+    SHIFCON_DEVICE static int column_from(int first_column) { return first_column + lane_index() % 4 * 8; }
+
+    SHIFCON_DEVICE void load_mean(float (&mean)[8], int first_column) const {
+        if (p.mean != nullptr) {
+            load_eight(mean, p.mean + static_cast<std::int64_t>(tile.group) * p.hidden, column_from(first_column),
+                       p.hidden);
         }
+    }
+
+    SHIFCON_DEVICE void store(int first_column, const float (&sums)[2][4][4], const int (&rows)[4],
+                              const float (&inverses)[4], const float (&mean)[8]) const {
+        const int column = column_from(first_column);
+        const bool vectors = p.hidden % 8 == 0;
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
             if (rows[part] >= 0) {
@@ -181,7 +244,7 @@ struct ExpandBlock {
 };
 
 template <typename T, int Steps>
-SHIFCON_KERNEL(128, 2) expand_mma(ExpandArguments p) {
+SHIFCON_KERNEL(128, Steps == 4 ? 3 : 2) expand_mma(ExpandArguments p) {
     const Tile tile = find_tile(p.groups, static_cast<int>(block_index() / p.column_blocks));
     if (tile.count == 0) {
         return;
@@ -194,7 +257,7 @@ SHIFCON_KERNEL(128, 2) expand_mma(ExpandArguments p) {
     }
     using Block = ExpandBlock<T, Steps>;
     const Block block{p, tile, shared_memory()};
-    const int rank_tiles = (p.coefficients.padded + 16 * Steps - 1) / (16 * Steps);
+    const int rank_tiles = Steps == 4 ? 1 : (p.coefficients.padded + 16 * Steps - 1) / (16 * Steps);
     const int tasks = (last - first + kExpandColumns - 1) / kExpandColumns * rank_tiles;
     const auto column_of = [&](int task) { return first + task / rank_tiles * kExpandColumns; };
     const auto rank_of = [&](int task) { return task % rank_tiles * 16 * Steps; };
@@ -208,13 +271,16 @@ SHIFCON_KERNEL(128, 2) expand_mma(ExpandArguments p) {
     float scales[4], inverses[4];
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
+        scales[part] = inverses[part] = 1.0f;
         rows[part] = Block::row_of(part) < tile.count ? p.groups.order[tile.begin + Block::row_of(part)] : -1;
     }
-    block.find_scales(scales, inverses);
+    if (is_float16<T> && rank_tiles > 1) {
+        block.find_scales(rank_tiles, scales, inverses);
+    }
     std::uint32_t a[2][Steps][4];
     const bool resident = rank_tiles <= kExpandSlots;  // else every task rounds its own again
     for (int slot = 0; resident && slot < rank_tiles; ++slot) {
-        block.round_coefficients(slot, scales, slot * 16 * Steps);
+        block.round_coefficients(slot, slot * 16 * Steps, rank_tiles == 1, scales, inverses);
     }
     if (rank_tiles == 1) {
         block.load_fragments(a, 0);
@@ -230,13 +296,18 @@ SHIFCON_KERNEL(128, 2) expand_mma(ExpandArguments p) {
         copy_commit();
         if (rank_tiles > 1) {
             if (!resident) {
-                block.round_coefficients(0, scales, rank_of(task));
+                block.round_coefficients(0, rank_of(task), false, scales, inverses);
             }
             block.load_fragments(a, resident ? task % rank_tiles : 0);
         }
+        const bool last_of_rank = (task + 1) % rank_tiles == 0;
+        float mean[8] = {};
+        if (last_of_rank) {
+            block.load_mean(mean, column_of(task));  // comes while the products are formed
+        }
         block.multiply(task % kExpandStages, rank_of(task), a, sums);
-        if ((task + 1) % rank_tiles == 0) {
-            block.store(column_of(task), sums, rows, inverses);
+        if (last_of_rank) {
+            block.store(column_of(task), sums, rows, inverses, mean);
 #pragma unroll
             for (int index = 0; index < 32; ++index) {
                 sums[index / 16][index / 4 % 4][index % 4] = 0.0f;

@@ -5,6 +5,7 @@ namespace shifcon {
 namespace {
 
 constexpr int kScanThreads = 512;
+constexpr int kAhead = 4;  // times 32 rows whose ids are under way at once
 
 // One warp's rows, 32 at a time, in order: visit(row, group, lanes of the same group). Lanes without a row take part
 // with a group of their own, -1.
@@ -12,22 +13,29 @@ template <typename Visit>
 SHIFCON_DEVICE void for_rows_of_chunk(const GroupingArguments& p, int chunk, Visit visit) {
     const std::int64_t begin = static_cast<std::int64_t>(chunk) * p.chunk_rows;
     const std::int64_t end = begin + p.chunk_rows < p.rows ? begin + p.chunk_rows : p.rows;
-    for (std::int64_t first = begin; first < end; first += 32) {
-        const std::int64_t position = first + lane_index();
-        int row = -1, group = -1;
-        if (position < end) {
-            row = p.before == nullptr ? static_cast<int>(position) : p.before[position];
-            group = p.ids.group_of(row, p.by_source);
+    for (std::int64_t first = begin; first < end; first += 32 * kAhead) {
+        int rows[kAhead], groups[kAhead];
+#pragma unroll
+        for (int step = 0; step < kAhead; ++step) {  // lanes without a row read the last one: no branch, so no waiting
+            const std::int64_t wanted = first + 32 * step + lane_index();
+            const std::int64_t position = wanted < end ? wanted : end - 1;
+            rows[step] = p.before == nullptr ? static_cast<int>(position) : p.before[position];
         }
-        visit(row, group, lanes_with(group));
+#pragma unroll
+        for (int step = 0; step < kAhead; ++step) {
+            groups[step] = p.ids.group_of(rows[step], p.by_source);
+        }
+#pragma unroll
+        for (int step = 0; step < kAhead; ++step) {
+            if (first + 32 * step < end) {
+                const int group = first + 32 * step + lane_index() < end ? groups[step] : -1;
+                visit(rows[step], group, lanes_with(group));
+            }
+        }
     }
 }
 
-SHIFCON_KERNEL(32 * kGroupingWarps) count_rows(GroupingArguments p) {
-    const int chunk = static_cast<int>(block_index()) * kGroupingWarps + warp_index();
-    if (chunk >= p.chunks) {
-        return;
-    }
+SHIFCON_DEVICE void count_chunk(const GroupingArguments& p, int chunk) {
     int* const counts = p.counts + chunk;
     for (int group = lane_index(); group <= p.ids.languages; group += 32) {
         counts[static_cast<std::int64_t>(group) * p.chunks] = 0;
@@ -55,7 +63,7 @@ SHIFCON_DEVICE int exclusive_sum(int value, int* of_warps, int& total) {
     block_barrier();
     int before = 0;
     total = 0;
-    for (int warp = 0; warp < kScanThreads / 32; ++warp) {
+    for (int warp = 0; warp < block_threads() / 32; ++warp) {
         before += warp < warp_index() ? of_warps[warp] : 0;
         total += of_warps[warp];
     }
@@ -63,12 +71,11 @@ SHIFCON_DEVICE int exclusive_sum(int value, int* of_warps, int& total) {
     return before + sum - value;
 }
 
-SHIFCON_KERNEL(kScanThreads) scan_groups(GroupingArguments p) {
-    int* const of_warps = reinterpret_cast<int*>(shared_memory());
+SHIFCON_DEVICE void scan_counts(const GroupingArguments& p, int* of_warps) {
     const int groups = p.ids.languages + 1;
     const int entries = groups * p.chunks;  // at most 2^18, or the number of groups
     int running = 0, total = 0;
-    for (int base = 0; base < entries; base += kScanThreads) {
+    for (int base = 0; base < entries; base += block_threads()) {
         const int entry = base + thread_index();
         const int before = running + exclusive_sum(entry < entries ? p.counts[entry] : 0, of_warps, total);
         if (entry < entries) {
@@ -84,7 +91,7 @@ SHIFCON_KERNEL(kScanThreads) scan_groups(GroupingArguments p) {
     }
     block_barrier();
     running = 0;
-    for (int base = 0; base < groups; base += kScanThreads) {
+    for (int base = 0; base < groups; base += block_threads()) {
         const int group = base + thread_index();
         const int rows = group < groups ? p.starts[group + 1] - p.starts[group] : 0;
         const int before = running + exclusive_sum((rows + p.tile_rows - 1) / p.tile_rows, of_warps, total);
@@ -98,11 +105,7 @@ SHIFCON_KERNEL(kScanThreads) scan_groups(GroupingArguments p) {
     }
 }
 
-SHIFCON_KERNEL(32 * kGroupingWarps) scatter_rows(GroupingArguments p) {
-    const int chunk = static_cast<int>(block_index()) * kGroupingWarps + warp_index();
-    if (chunk >= p.chunks) {
-        return;
-    }
+SHIFCON_DEVICE void scatter_chunk(const GroupingArguments& p, int chunk) {
     int* const places = p.counts + chunk;
     for_rows_of_chunk(p, chunk, [&](int row, int group, unsigned same) {
         const int rank = count_bits(same & ((1u << lane_index()) - 1));
@@ -118,12 +121,47 @@ SHIFCON_KERNEL(32 * kGroupingWarps) scatter_rows(GroupingArguments p) {
     });
 }
 
+SHIFCON_DEVICE int chunk_of_warp() { return static_cast<int>(block_index()) * kGroupingWarps + warp_index(); }
+
+SHIFCON_KERNEL(32 * kGroupingWarps) count_rows(GroupingArguments p) {
+    if (chunk_of_warp() < p.chunks) {
+        count_chunk(p, chunk_of_warp());
+    }
+}
+
+SHIFCON_KERNEL(kScanThreads) scan_groups(GroupingArguments p) {
+    scan_counts(p, reinterpret_cast<int*>(shared_memory()));
+}
+
+SHIFCON_KERNEL(32 * kGroupingWarps) scatter_rows(GroupingArguments p) {
+    if (chunk_of_warp() < p.chunks) {
+        scatter_chunk(p, chunk_of_warp());
+    }
+}
+
+// All three, with the counts in shared memory.
+SHIFCON_KERNEL(32 * kOneBlockWarps) group_in_one_block(GroupingArguments p) {
+    int* const of_warps = reinterpret_cast<int*>(shared_memory());
+    p.counts = of_warps + kOneBlockWarps;
+    count_chunk(p, warp_index());
+    block_barrier();
+    scan_counts(p, of_warps);
+    block_barrier();
+    scatter_chunk(p, warp_index());
+}
+
 }  // namespace
 
 void group_rows(const GroupingArguments& p, void* stream) {
+    constexpr int kInt = static_cast<int>(sizeof(int));
+    if (one_block_groups(p.rows, p.ids.languages)) {
+        const int counts = (p.ids.languages + 1) * p.chunks;
+        launch(group_in_one_block, 1, 32 * kOneBlockWarps, (kOneBlockWarps + counts) * kInt, stream, p);
+        return;
+    }
     const int blocks = (p.chunks + kGroupingWarps - 1) / kGroupingWarps;
     launch(count_rows, blocks, 32 * kGroupingWarps, 0, stream, p);
-    launch(scan_groups, 1, kScanThreads, kScanThreads / 32 * static_cast<int>(sizeof(int)), stream, p);
+    launch(scan_groups, 1, kScanThreads, kScanThreads / 32 * kInt, stream, p);
     launch(scatter_rows, blocks, 32 * kGroupingWarps, 0, stream, p);
 }
 

@@ -30,15 +30,6 @@ struct Coefficients {
         }
         return result;
     }
-    SHIFCON_DEVICE FloatPair pair_sum(std::int64_t position, int column) const {
-        FloatPair result = *reinterpret_cast<const FloatPair*>(at(0, position) + column);
-#pragma unroll 1
-        for (int split = 1; split < splits; ++split) {
-            const FloatPair other = *reinterpret_cast<const FloatPair*>(at(split, position) + column);
-            result = {result.first + other.first, result.second + other.second};
-        }
-        return result;
-    }
 };
 
 struct ContractArguments {
@@ -67,22 +58,16 @@ struct ExpandArguments {
 // 128 rows for the tensor cores, 64 in float32.
 inline int tile_rows_of(Element element) { return element == Element::float32 ? 64 : 128; }
 
-// How often the hidden size is split: as few parts as keep the multiprocessors evenly busy. Every part costs a table
-// of coefficients that is written and read again; 0.05 of the whole work a part and 64 ranks is a guess (not measured).
+// How often the hidden size is split: as few parts as give every multiprocessor two blocks, which can be there at once
+// (two thirds of what fits at a rank of 64 or less). What is resident shares the bandwidth, so that blocks need not
+// come out even; but every part is a table of coefficients that is written, and read again d / 512 times.
 inline int splits_for(std::int64_t tiles, int hidden, int padded, int processors) {
     const std::int64_t blocks = tiles * ((padded + 127) / 128);
-    int best = 1;
-    double least = 1e30;
-    for (int splits = 1; splits <= 8 && (splits == 1 || hidden >= 256 * splits); ++splits) {
-        const std::int64_t rounds = (blocks * splits + processors - 1) / processors;
-        const double idle = static_cast<double>(rounds * processors) / static_cast<double>(blocks * splits);
-        const double cost = idle + 0.05 * splits * padded / 64;
-        if (cost < least) {
-            least = cost;
-            best = splits;
-        }
+    int splits = 1;
+    while (splits < 8 && blocks * splits < 2 * static_cast<std::int64_t>(processors) && hidden >= 256 * (splits + 1)) {
+        ++splits;
     }
-    return best;
+    return splits;
 }
 
 void contract(Element element, ContractArguments arguments, std::int64_t tiles, void* stream);
@@ -93,6 +78,26 @@ void expand_float32(ExpandArguments arguments, std::int64_t tiles, void* stream)
 // 16-byte pieces of a row of shared memory change places with the row, so that the eight rows that one phase of
 // ldmatrix reads below (0, 1, 8, 9, 16, 17, 24, 25 from any multiple of 2 on) lie in eight different groups of banks.
 SHIFCON_DEVICE int swizzled(int row, int piece) { return piece ^ ((((row >> 3) & 3) << 1) | (row & 1)); }
+
+// values = row[column .. column + 8), 0 from `size` on. Rows are aligned to 16 bytes if their size is a multiple of 8.
+SHIFCON_DEVICE void load_eight(float (&values)[8], const float* row, int column, int size) {
+    if (size % 8 == 0) {
+        Floats halves[2]{};
+        if (column < size) {
+            halves[0] = *reinterpret_cast<const Floats*>(row + column);
+            halves[1] = *reinterpret_cast<const Floats*>(row + column + 4);
+        }
+#pragma unroll
+        for (int element = 0; element < 8; ++element) {
+            values[element] = halves[element / 4].value[element % 4];
+        }
+    } else {
+#pragma unroll
+        for (int element = 0; element < 8; ++element) {
+            values[element] = column + element < size ? row[column + element] : 0.0f;
+        }
+    }
+}
 
 // Copies the rows of a tile that no language moves, bit for bit.
 template <typename T>

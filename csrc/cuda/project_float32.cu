@@ -68,7 +68,7 @@ SHIFCON_KERNEL(kFmaThreads) contract_fma(ContractArguments p) {
     auto* const row_offset = reinterpret_cast<std::int64_t*>(shared_memory() + kFmaTiles);
     int* const row_source = reinterpret_cast<int*>(row_offset + kFmaTile);
     for (int row = thread_index(); row < tile.count; row += kFmaThreads) {
-        const std::int64_t number = p.groups.order[tile.begin + row];
+        const int number = p.groups.order[tile.begin + row];
         row_offset[row] = number * p.rows.stride;
         row_source[row] = p.mean != nullptr ? p.ids.source_of(number) : 0;
     }

@@ -150,12 +150,14 @@ Problem prepare(const Tensor& x, const Tensor& mean, const Tensor& basis, const 
         problem.mean = torch::stable::clone(problem.mean);
     }
     const std::int64_t ids = problem.source.numel();
-    problem.ids = {problem.source.data_ptr(), problem.target.data_ptr(), rows / ids, problem.languages,
-                   problem.source.scalar_type() == ScalarType::Long};
+    problem.ids = {problem.source.data_ptr(), problem.target.data_ptr(), static_cast<int>(rows / ids),
+                   problem.languages, problem.source.scalar_type() == ScalarType::Long};
 
     const int chunks = grouping_chunks(rows, problem.languages);
     const int chunk_rows = static_cast<int>((rows + chunks - 1) / chunks);
-    const std::int64_t counts = static_cast<std::int64_t>(chunks) * (languages + 1), starts = languages + 2;
+    const bool in_shared = one_block_groups(rows, problem.languages);
+    const std::int64_t counts = in_shared ? 0 : static_cast<std::int64_t>(chunks) * (languages + 1);
+    const std::int64_t starts = languages + 2;
     problem.workspace = empty(x, counts + 2 * starts + (sources_sorted ? 2 : 1) * rows, ScalarType::Int);
     int* const memory = static_cast<int*>(problem.workspace.data_ptr());
     int* const order = memory + counts + 2 * starts;

@@ -135,7 +135,7 @@ SHIFCON_KERNEL(kThreads) sum_outer(TableArguments p) {
             const bool present = position + at < end;
             float g = 0.0f, c = 0.0f;
             if (present && first + offset < p.hidden) {
-                const std::int64_t number = p.groups.order[position + at];
+                const int number = p.groups.order[position + at];
                 const std::int64_t source = p.ids.source_of(number);
                 g = widen(static_cast<const T*>(p.upper.data)[number * p.upper.stride + first + offset]);
                 c = widen(static_cast<const T*>(p.x.data)[number * p.x.stride + first + offset]) -

@@ -327,6 +327,12 @@ def test_many_languages(device: torch.device) -> None:
     check(problem(300, 16, 2, 40, torch.float32, device))
 
 
+@pytest.mark.parametrize("rows", [16384, 16385])
+def test_rows_that_one_block_sorts_and_one_more(rows: int, device: torch.device) -> None:
+    """Both ways of sorting, and in the gradients the second sort, by source, of what the first has sorted."""
+    check(problem(rows, 16, 2, 3, torch.float32, device))
+
+
 def test_operator_check(cuda: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = (
         False  # opcheck compares what it leaves uninitialised

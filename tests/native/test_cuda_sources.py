@@ -6,7 +6,9 @@ After a deliberate change: ``python scripts/cuda_resources.py --json tests/nativ
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -102,6 +104,37 @@ def test_reports_are_read_and_unknown_words_refused() -> None:
     ]
     with pytest.raises(RuntimeError, match="words that are not known"):
         script().parse(report.replace("spill stores", "spilled"))
+
+
+@compiles
+def test_coefficients_come_from_l2_all_at_once(compiled: tuple[list[Row], Path]) -> None:
+    """Sixteen loads of 128 bits before any of them is added; one after the other each would wait for L2."""
+    disassembler = find_disassembler()
+    if disassembler is None:
+        pytest.skip("no cuobjdump on the PATH or in Triton; install either to look at the machine code")
+    said = subprocess.run(
+        [disassembler, "-sass", "-arch", "sm_90", str(compiled[1])],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    kernels = re.split(r"Function : (\w+)", said)
+    looked_at = 0
+    for name, code in zip(kernels[1::2], kernels[2::2], strict=True):
+        if "expand_mma" in name:
+            looked_at += 1
+            words = re.findall(r"\b(LDG\.E\.128|FADD|WARPSYNC)\b", code)
+            runs = [len(list(group)) for word, group in itertools.groupby(words) if word == "LDG.E.128"]
+            assert max(runs, default=0) >= 16, (name, runs)
+    assert looked_at == 4
+
+
+def find_disassembler() -> str | None:
+    """NVIDIA's, of the toolkit or of Triton's wheel."""
+    bundled = importlib.util.find_spec("triton")
+    folders = [] if bundled is None else list(bundled.submodule_search_locations or [])
+    places = [str(Path(folder) / "backends/nvidia/bin") for folder in folders]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
 
 
 # Symbols of the shared libraries that every machine has; PyTorch's are the C shim's alone.
