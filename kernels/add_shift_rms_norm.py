@@ -157,14 +157,18 @@ def _backward_rows(
 def _backward_persistent(
     grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
     grad_y_stride, grad_h_stride, h_stride, rows: tl.int64, hidden,
-    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STYLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Trainable weight: each program walks over tiles of rows and keeps its own sum of ∂L/∂w in registers."""
+    """Trainable weight: each program walks over tiles of rows and keeps its own sum of ∂L/∂w in registers.
+
+    With more than one stage the next tiles are on their way through shared memory while this one is reduced.
+    """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     weight = _factor(weight_ptr, column, hidden, STYLE)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(program * ROWS, rows, tl.num_programs(0).to(tl.int64) * ROWS):
+    step = tl.num_programs(0).to(tl.int64) * ROWS
+    for start in tl.range(program * ROWS, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         present = row < rows
         live = present[:, None] & (column < hidden)
@@ -172,6 +176,8 @@ def _backward_persistent(
         grad_y = tl.load(grad_y_ptr + row_start * grad_y_stride + column, mask=live, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + row_start * h_stride + column, mask=live, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=present, other=0.0)[:, None]
+        if grad_x_ptr is not None and grad_h_ptr is not None:
+            grad_h = tl.load(grad_h_ptr + row_start * grad_h_stride + column, mask=live, other=0.0)
         normalised = h.to(tl.float32) * rstd
         # ∂L/∂w first: its rounded copy of the row is then dead before the reduction needs registers.
         if STYLE == "llama":
@@ -183,8 +189,7 @@ def _backward_persistent(
             along = tl.sum(upper * normalised, axis=1)[:, None] / hidden
             grad = (upper - normalised * along) * rstd
             if grad_h_ptr is not None:
-                at = row_start * grad_h_stride + column
-                grad += tl.load(grad_h_ptr + at, mask=live, other=0.0).to(tl.float32)
+                grad += grad_h.to(tl.float32)
             tl.store(grad_x_ptr + row_start * hidden + column, grad.to(h.dtype), mask=live)
     out = tl.arange(0, BLOCK)
     tl.store(partial_ptr + program * hidden + out, tl.sum(grad_weight, axis=0), mask=out < hidden)
@@ -279,9 +284,12 @@ ROW_LIMIT = 16384
 _ELEMENTS_PER_THREAD = 16
 _TILE = 2048
 # The persistent backward also holds a float32 sum and the weight, 2 registers an element: twice the threads, and it
-# ends earlier.
+# ends earlier. Of long rows few programs are resident, so each loads ahead: two rows, or one where the shared
+# memory of a multiprocessor (of an A100, the least) does not hold two.
 _PERSISTENT_LIMIT = 8192
 _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR = ((1024, 8), (2048, 4), (4096, 2), (8192, 1))
+_RESIDENT_THREADS = 1024  # of 64 registers
+_SHARED_BYTES = 160 * 1024  # of a multiprocessor
 # Column sums: 8 rows × 512 columns for 128 threads are four 128-bit loads a thread and tensor.
 _COLUMN_ROWS, _COLUMN_BLOCK, _COLUMN_THREADS = 8, 512, 128
 _LOOP_BLOCK, _LOOP_THREADS = 4096, 256
@@ -418,6 +426,9 @@ def _through_norm(
         per_multiprocessor = next(n for limit, n in _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR if block <= limit)
         programs = min(triton.cdiv(rows, tile), per_multiprocessor * multiprocessors(h.device))
         threads = min(2 * threads, 512)
+        resident = min(per_multiprocessor, _RESIDENT_THREADS // threads)
+        row_bytes = 3 * block * h.element_size()  # grad_y, grad_h and h
+        ahead = min(2, _SHARED_BYTES // (resident * row_bytes)) if tile == 1 else 0
         partial = torch.empty((programs, hidden), dtype=torch.float32, device=h.device)
         _backward_persistent[(programs,)](
             *pointers,
@@ -428,6 +439,7 @@ def _through_norm(
             STYLE=style,
             ROWS=tile,
             BLOCK=block,
+            STAGES=1 + ahead,
             **options(threads),
         )
         return grad_x, partial.sum(0)

@@ -81,13 +81,18 @@ def _split_products(
 def _whole_products(
     product_ptr, squares_ptr, problem, splits, count, row_start, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Add the splits: some rows of a_i · b_j, their ‖a_i‖², and every ‖b_j‖²."""
+    """Add the splits: some rows of a_i · b_j, their ‖a_i‖², and every ‖b_j‖².
+
+    They lie in L2 and come through shared memory, so that three are under way at once, or all of one that is larger
+    than 16 KiB. Loaded into registers, every piece would be waited for.
+    """
+    STAGES: tl.constexpr = 4 if ROWS * TILE <= 4096 else 2
     row, column = row_start + tl.arange(0, ROWS), tl.arange(0, TILE)
     inside = (row < count)[:, None] & (column < count)[None, :]
     products = tl.zeros((ROWS, TILE), tl.float32)
     squares_a = tl.zeros((ROWS,), tl.float32)
     squares_b = tl.zeros((TILE,), tl.float32)
-    for split in range(splits):
+    for split in tl.range(splits, num_stages=STAGES):
         slot = problem * splits + split
         at = row[:, None] * count + column[None, :]
         products += tl.load(product_ptr + slot * count * count + at, mask=inside, other=0.0)
