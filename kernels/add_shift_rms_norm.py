@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, on_device_of, options
+from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 
 @triton.jit
@@ -297,7 +297,7 @@ _LOOP_BLOCK, _LOOP_THREADS = 4096, 256
 
 def _row_tile(hidden: int) -> tuple[int, int, int]:
     """Rows per program, padded row length and threads of the kernels that hold whole rows."""
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     rows = max(1, _TILE // block)
     threads = min(max(rows * block // _ELEMENTS_PER_THREAD, 128), 512)
     return rows, block, threads
@@ -316,9 +316,9 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 def _chunks(rows: int, column_blocks: int, device: torch.device) -> tuple[int, int]:
     """Number of row chunks, so that four programs per multiprocessor have work, and the rows in each."""
-    wanted = max(1, triton.cdiv(4 * multiprocessors(device), column_blocks))
-    per_chunk = triton.cdiv(triton.cdiv(rows, wanted), _COLUMN_ROWS) * _COLUMN_ROWS
-    return triton.cdiv(rows, per_chunk), per_chunk
+    wanted = max(1, ceil_div(4 * multiprocessors(device), column_blocks))
+    per_chunk = ceil_div(ceil_div(rows, wanted), _COLUMN_ROWS) * _COLUMN_ROWS
+    return ceil_div(rows, per_chunk), per_chunk
 
 
 def forward(
@@ -356,7 +356,7 @@ def forward(
             )
         else:
             tile, block, threads = _row_tile(hidden)
-            grid = (triton.cdiv(rows, tile),)
+            grid = (ceil_div(rows, tile),)
             _forward_rows[grid](
                 *pointers, *sizes, rows, hidden, eps, STYLE=style, ROWS=tile, BLOCK=block, **options(threads)
             )
@@ -424,7 +424,7 @@ def _through_norm(
     tile, block, threads = _row_tile(min(hidden, ROW_LIMIT))
     if need_weight and block <= _PERSISTENT_LIMIT:
         per_multiprocessor = next(n for limit, n in _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR if block <= limit)
-        programs = min(triton.cdiv(rows, tile), per_multiprocessor * multiprocessors(h.device))
+        programs = min(ceil_div(rows, tile), per_multiprocessor * multiprocessors(h.device))
         threads = min(2 * threads, 512)
         resident = min(per_multiprocessor, _RESIDENT_THREADS // threads)
         row_bytes = 3 * block * h.element_size()  # grad_y, grad_h and h
@@ -448,13 +448,13 @@ def _through_norm(
             *pointers, *strides, hidden, STYLE=style, BLOCK=_LOOP_BLOCK, **options(_LOOP_THREADS)
         )
     elif grad_x is not None:
-        grid = (triton.cdiv(rows, tile),)
+        grid = (ceil_div(rows, tile),)
         _backward_rows[grid](
             *pointers, *strides, rows, hidden, STYLE=style, ROWS=tile, BLOCK=block, **options(threads)
         )
     if not need_weight:
         return grad_x, None
-    column_blocks = triton.cdiv(hidden, _COLUMN_BLOCK)
+    column_blocks = ceil_div(hidden, _COLUMN_BLOCK)
     chunks, per_chunk = _chunks(rows, column_blocks, h.device)
     partial = torch.empty((chunks, hidden), dtype=torch.float32, device=h.device)
     _weight_columns[(column_blocks, chunks)](
@@ -470,7 +470,7 @@ def _shift_gradient(grad: Tensor, index: Tensor, languages: int) -> Tensor:
     rows = grad.numel() // hidden
     if rows == 0 or languages == 0:
         return torch.zeros((languages, hidden), dtype=torch.float32, device=grad.device)
-    column_blocks = triton.cdiv(hidden, _COLUMN_BLOCK)
+    column_blocks = ceil_div(hidden, _COLUMN_BLOCK)
     chunks, per_chunk = _chunks(rows, column_blocks * languages, grad.device)
     partial = torch.empty((chunks, languages, hidden), dtype=torch.float32, device=grad.device)
     index = index.contiguous()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, on_device_of, options
+from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 
 @triton.jit
@@ -309,17 +309,17 @@ def tile_options(library: bool, weights: bool = False) -> dict[str, int | bool]:
 
 def _row_tile(hidden: int) -> dict[str, int | bool]:
     """Tile and compile options of the kernels that reduce along rows."""
-    block = min(triton.next_power_of_2(hidden), _ROW_ELEMENTS)
+    block = min(next_power_of_2(hidden), _ROW_ELEMENTS)
     return {"ROWS": min(_ROW_ELEMENTS // block, 16), "BLOCK": block, **options(_ROW_THREADS)}
 
 
 def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     """Σ_n weight_n x_n: (L, N, d), (L, N) float32 -> (L, d) float32."""
     problems, rows, hidden = x.shape
-    blocks = triton.cdiv(hidden, _SUM_BLOCK)
-    wanted = triton.cdiv(4 * multiprocessors(x.device), blocks * problems)
-    per_chunk = triton.cdiv(triton.cdiv(rows, wanted), _SUM_ROWS) * _SUM_ROWS
-    chunks = triton.cdiv(rows, per_chunk)
+    blocks = ceil_div(hidden, _SUM_BLOCK)
+    wanted = ceil_div(4 * multiprocessors(x.device), blocks * problems)
+    per_chunk = ceil_div(ceil_div(rows, wanted), _SUM_ROWS) * _SUM_ROWS
+    chunks = ceil_div(rows, per_chunk)
     partial = torch.empty((problems, chunks, hidden), dtype=torch.float32, device=x.device)
     _weighted_sums[(problems, chunks, blocks)](
         x, weight, partial, rows, per_chunk, hidden, ROWS=_SUM_ROWS, BLOCK=_SUM_BLOCK, **options(_SUM_THREADS)
@@ -336,7 +336,7 @@ def prepare(a: Tensor, b: Tensor, normalize: bool, recenter: bool) -> Scaling:
     if normalize:
         rows_of_a, rows_of_b = problems * rows, problems * columns
         inverse = torch.empty(rows_of_a + rows_of_b, dtype=torch.float32, device=a.device)
-        _inverse_lengths[(triton.cdiv(max(rows_of_a, rows_of_b), tile["ROWS"]), 2)](
+        _inverse_lengths[(ceil_div(max(rows_of_a, rows_of_b), tile["ROWS"]), 2)](
             a, b, inverse, rows_of_a, rows_of_b, hidden, **tile
         )
         inverse_a = inverse[:rows_of_a].view(problems, rows)
@@ -346,7 +346,7 @@ def prepare(a: Tensor, b: Tensor, normalize: bool, recenter: bool) -> Scaling:
         weight_b = b.new_ones((problems, columns), dtype=torch.float32) if inverse_b is None else inverse_b
         offset = weighted_sum(a, weight_a) / rows - weighted_sum(b, weight_b) / columns
         bias = torch.empty((problems, rows), dtype=torch.float32, device=a.device)
-        _row_products[(triton.cdiv(rows, tile["ROWS"]), problems)](
+        _row_products[(ceil_div(rows, tile["ROWS"]), problems)](
             a, inverse_a, offset, bias, rows, hidden, **tile
         )
     return Scaling(inverse_a, inverse_b, bias, offset)
@@ -377,7 +377,7 @@ def through_unit(
         out = product if product.dtype == x.dtype else torch.empty_like(x)
         if inverse is not None or common is not None or out is not product:
             tile = _row_tile(hidden)
-            _through_unit[(triton.cdiv(rows, tile["ROWS"]), problems)](
+            _through_unit[(ceil_div(rows, tile["ROWS"]), problems)](
                 product, x, inverse, row_factor, own_offset, common, out,
                 rows, hidden, sign / rows, **tile,
             )  # fmt: skip
@@ -404,7 +404,7 @@ def forward(a: Tensor, b: Tensor, scale: float, normalize: bool, recenter: bool)
         shape = (problems, rows, columns)
         out = torch.empty(shape, dtype=torch.float32, device=a.device) if product is None else product
         sizes = tile_options(library)
-        tiles = triton.cdiv(rows, sizes["TILE"]) * triton.cdiv(columns, sizes["TILE"])
+        tiles = ceil_div(rows, sizes["TILE"]) * ceil_div(columns, sizes["TILE"])
         _write_logits[(tiles, problems)](
             a, b, product, *scaling[:3], out, rows, columns, hidden, scale,
             UPCAST=a.device.type == "cpu", **sizes,
@@ -432,7 +432,7 @@ def backward(
         compute = weights_dtype(a.dtype)
         weights = torch.empty(grad.shape, dtype=compute, device=a.device)
         tile = _row_tile(columns)
-        _gradient_weights[(triton.cdiv(rows, tile["ROWS"]), problems)](
+        _gradient_weights[(ceil_div(rows, tile["ROWS"]), problems)](
             grad, scaling.inverse_a, scaling.inverse_b, weights, rows, columns, scale, **tile
         )
         return through_unit(

@@ -38,7 +38,7 @@ from .contrastive_similarity import (
     tile_start,
     weights_dtype,
 )
-from .launch import multiprocessors, on_device_of, options
+from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 # --- One tile, N ≤ 128
 
@@ -390,16 +390,16 @@ _LOSS_BLOCK, _LOSS_THREADS = 1024, 256
 
 def _whole_tile(count: int) -> tuple[int, int]:
     """Padded N and threads of the one-tile kernels; a matrix instruction wants at least 16 rows."""
-    tile = max(16, triton.next_power_of_2(count))
+    tile = max(16, next_power_of_2(count))
     return tile, 64 if tile == 16 else 128 if tile <= 64 else 256
 
 
 def _products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
     problems, count, hidden = a.shape
     tile, threads = _whole_tile(count)
-    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device), problems)
-    per_split = max(_SPLIT_COLUMNS, triton.cdiv(triton.cdiv(hidden, wanted), _WHOLE_DEPTH) * _WHOLE_DEPTH)
-    splits = triton.cdiv(hidden, per_split)
+    wanted = ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(a.device), problems)
+    per_split = max(_SPLIT_COLUMNS, ceil_div(ceil_div(hidden, wanted), _WHOLE_DEPTH) * _WHOLE_DEPTH)
+    splits = ceil_div(hidden, per_split)
     products = torch.empty((problems, splits, count, count), dtype=torch.float32, device=a.device)
     squares = torch.empty((problems, splits, 2, count), dtype=torch.float32, device=a.device)
     depth = 16 if a.dtype == torch.float32 else 32 if tile > 64 else _WHOLE_DEPTH
@@ -462,7 +462,7 @@ def _tiled_sums(
     problems, count, hidden = a.shape
     library = library_products(a.dtype)
     sizes = tile_options(library)
-    tiles = triton.cdiv(count, sizes["TILE"])
+    tiles = ceil_div(count, sizes["TILE"])
     shape = (
         1 if bounded else 2,
         problems,
@@ -477,13 +477,13 @@ def _tiled_sums(
     for first in range(0, count, step):
         stripe = min(step, count - first)
         product = torch.bmm(a[:, first : first + stripe], b.mT) if library else None
-        _tile_sums[(triton.cdiv(stripe, sizes["TILE"]) * tiles, problems)](
+        _tile_sums[(ceil_div(stripe, sizes["TILE"]) * tiles, problems)](
             a, b, product, *scaling[:3], row_sum, row_max, column_sum, column_max, diagonal,
             count, hidden, first, stripe, scale, UPCAST=a.device.type == "cpu", **sizes,
         )  # fmt: skip
         del product  # before the next one is made
     for part_sum, part_max, out in ((row_sum, row_max, of_rows), (column_sum, column_max, of_columns)):
-        _combine[(triton.cdiv(count, _COMBINE_BLOCK), problems)](
+        _combine[(ceil_div(count, _COMBINE_BLOCK), problems)](
             part_sum, part_max, *out, tiles, count, scale, BLOCK=_COMBINE_BLOCK, **options(_COMBINE_THREADS)
         )
 
@@ -516,7 +516,7 @@ def backward(
         tile, threads = _whole_tile(count)
         weights = torch.empty((problems, count, count), dtype=torch.float32, device=a.device)
         rows = min(tile, 32)
-        blocks = triton.cdiv(count, rows)
+        blocks = ceil_div(count, rows)
         along = torch.empty((problems, 1 + blocks, count), dtype=torch.float32, device=a.device)
         _whole_weights[(problems, blocks)](
             products, squares, *of_rows, *of_columns, grad, weights, along, splits, count, scale,
@@ -524,7 +524,7 @@ def backward(
         )  # fmt: skip
         # 16-bit values are exact in TF32, and W keeps float32's range; float32 values need the exact product.
         precision, chunk = ("ieee", 16) if a.dtype == torch.float32 else ("tf32", 16 if threads < 256 else 32)
-        _whole_gradient[(triton.cdiv(hidden, _WHOLE_BLOCK), problems, 2)](
+        _whole_gradient[(ceil_div(hidden, _WHOLE_BLOCK), problems, 2)](
             a, b, weights, along, grad_a, grad_b, count, hidden, blocks,
             PRECISION=precision, NORMALIZE=normalize,
             TILE=tile, CHUNK=chunk, BLOCK=_WHOLE_BLOCK, **options(threads),
@@ -551,7 +551,7 @@ def _tiled_gradient(
     left, right = a.to(compute), b.to(compute)
     library = library_products(a.dtype)
     sizes = tile_options(library, weights=True)
-    tiles = triton.cdiv(count, sizes["TILE"])
+    tiles = ceil_div(count, sizes["TILE"])
     product_a = torch.empty(a.shape, dtype=compute, device=a.device) if need_a else None
     product_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if need_b else None
     row_sums = torch.empty((problems, count), dtype=torch.float32, device=a.device) if recenter else None
@@ -567,7 +567,7 @@ def _tiled_gradient(
             weights = product
             if weights is None:
                 weights = torch.empty((in_group, stripe, count), dtype=compute, device=a.device)
-            _tile_weights[(triton.cdiv(stripe, sizes["TILE"]) * tiles, in_group)](
+            _tile_weights[(ceil_div(stripe, sizes["TILE"]) * tiles, in_group)](
                 a[group], b[group], product, *scaling.of(group)[:3],
                 *of_rows[:, group], *of_columns[:, group], grad[group], weights, partial,
                 count, hidden, first, stripe, scale, UPCAST=a.device.type == "cpu", **sizes,

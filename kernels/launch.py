@@ -1,4 +1,4 @@
-"""What every launcher asks its device: the guard, the compile options, the number of multiprocessors."""
+"""What every launcher needs: the guard of its device, the compile options, the multiprocessors, sizes of grids."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# Triton's own, which also work inside of kernels, take microseconds a call on the host, and a launcher has many.
+def ceil_div(dividend: int, divisor: int) -> int:
+    """dividend / divisor, rounded up."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number ≥ 1."""
+    return 1 << (number - 1).bit_length()

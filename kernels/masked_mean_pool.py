@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, on_device_of, options
+from .launch import ceil_div, multiprocessors, on_device_of, options
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_chunk"])
@@ -155,10 +155,10 @@ def forward(h: Tensor, mask: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         return pooled, factor
     if h.stride(2) != 1:
         h = h.contiguous()
-    blocks = triton.cdiv(hidden, _BLOCK)
-    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(h.device), blocks * batch)
-    per_chunk = max(_SHORTEST_CHUNK, triton.cdiv(triton.cdiv(max(tokens, 1), wanted), _TOKENS) * _TOKENS)
-    chunks = max(1, triton.cdiv(tokens, per_chunk))
+    blocks = ceil_div(hidden, _BLOCK)
+    wanted = ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(h.device), blocks * batch)
+    per_chunk = max(_SHORTEST_CHUNK, ceil_div(ceil_div(max(tokens, 1), wanted), _TOKENS) * _TOKENS)
+    chunks = max(1, ceil_div(tokens, per_chunk))
     partial = torch.empty((batch, chunks, hidden), dtype=torch.float32, device=h.device)
     count = torch.empty((batch, chunks), dtype=torch.float32, device=h.device)
     with on_device_of(h):
@@ -183,7 +183,7 @@ def backward(
     if grad_h.numel() == 0:
         return grad_h
     with on_device_of(grad):
-        _backward[(batch, triton.cdiv(tokens, _BACKWARD_TOKENS))](
+        _backward[(batch, ceil_div(tokens, _BACKWARD_TOKENS))](
             grad.contiguous(), pooled, factor, _as_bytes(mask), grad_h, tokens, hidden,
             NORMALIZE=normalize, TOKENS=_BACKWARD_TOKENS, BLOCK=_BACKWARD_BLOCK, **options(_BACKWARD_THREADS),
         )  # fmt: skip
