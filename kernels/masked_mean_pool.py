@@ -36,7 +36,7 @@ def _partial_sums(
     first = chunk * tokens_per_chunk
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     count = tl.zeros((TOKENS,), tl.float32)
-    for start in range(first, tl.minimum(first + tokens_per_chunk, tokens), TOKENS):
+    for start in tl.range(first, tl.minimum(first + tokens_per_chunk, tokens), TOKENS, num_stages=3):
         token = start + tl.arange(0, TOKENS)
         present = token < tl.minimum(first + tokens_per_chunk, tokens)
         selected = tl.load(mask_ptr + batch * tokens + token, mask=present, other=0) != 0
@@ -128,10 +128,11 @@ def _backward(
         tl.store(grad_h_ptr + out, grad_h.to(grad_h_ptr.dtype.element_ty), mask=live)
 
 
-# Forward: 8 tokens × 512 columns for 128 threads are four 128-bit loads of a 16-bit tensor in flight per thread,
-# and 32 float32 sums in registers. Tokens are split into chunks until every multiprocessor has eight such programs
-# (B · d / 512 blocks of columns are often fewer), but no chunk has under 64 tokens: its partial sum, 4 d bytes
-# written and read, then stays at a sixteenth of the 128 d bytes it read.
+# Forward: 8 tokens × 512 columns for 128 threads are four 128-bit loads of a 16-bit tensor per thread, and 32
+# float32 sums in registers. Two such tiles are in flight, through shared memory, while one is added. Tokens are
+# split into chunks until every multiprocessor has eight such programs (B · d / 512 blocks of columns are often
+# fewer), but no chunk has under 64 tokens: its partial sum, 4 d bytes written and read, then stays at a sixteenth
+# of the 128 d bytes it read.
 # Backward: 16 tokens × 1,024 columns; the pooled row, its gradient (8 d bytes, from L2) against 32 d bytes written.
 # Reasoned, not measured.
 _TOKENS, _BLOCK, _THREADS = 8, 512, 128

@@ -61,6 +61,8 @@ def waits_for_each_load(variant: tuple[str, str], row: Row) -> bool:
         held = 4 * count * (count if kernel == "whole_loss" else min(count, 32))
     elif kernel == "backward_persistent" and sizes["d"] > 1024:
         held = 3 * sizes["d"] * (4 if "norm fp32" in case else 2)
+    elif kernel == "partial_sums":
+        held = 8 * 512 * (4 if "pool fp32" in case else 2)
     else:
         return False
     return row["target"] != "gfx942" and row["shared"] < held  # there they are under way to registers
