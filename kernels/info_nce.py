@@ -375,7 +375,8 @@ def _tile_weights(
 # One tile: with N ≤ 128 a problem's S is at most 64 KiB and stays in the registers of one program (256 threads, 64
 # values each). The products read a and b, 2 L N d values, once; they are split along d until 2 programs per
 # multiprocessor have work, each with at least 256 columns (a split writes 4 N² bytes and reads 8 N · 256 of
-# float32: an eighth at N = 64, a quarter at N = 128).
+# float32: an eighth at N = 64, a quarter at N = 128): four blocks of a matrix product, of which three are under way
+# at once in 16 bits, and one in float32, which takes its time to multiply.
 # Tiles: W takes 2,048 rows at a time, enough 128 × 128 tiles of its products with a and b to fill the device at
 # d ≥ 1,024; where N² is small, several problems share a launch up to 64 MiB of W.
 # Largest scale for which scale is the maximum of a tile: exp(-2 scale) > 1e-35 stays a normal float32.
@@ -402,10 +403,10 @@ def _products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int]:
     splits = ceil_div(hidden, per_split)
     products = torch.empty((problems, splits, count, count), dtype=torch.float32, device=a.device)
     squares = torch.empty((problems, splits, 2, count), dtype=torch.float32, device=a.device)
-    depth = 16 if a.dtype == torch.float32 else 32 if tile > 64 else _WHOLE_DEPTH
+    depth, stages = (16, 2) if a.dtype == torch.float32 else (32 if tile > 64 else _WHOLE_DEPTH, 4)
     _split_products[(problems, splits)](
         a, b, products, squares, count, hidden, per_split,
-        UPCAST=a.device.type == "cpu", TILE=tile, DEPTH=depth, **options(threads, 2),
+        UPCAST=a.device.type == "cpu", TILE=tile, DEPTH=depth, **options(threads, stages),
     )  # fmt: skip
     return products, squares, splits
 
