@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.extras import needed_for
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.modeling.spoken import AUTO, NO_ROUTER
 from shifcon_fast.opening import is_run, run_tokenizer
 from shifcon_fast.space.language_shift import LanguageShift

@@ -29,7 +29,7 @@ from shifcon_fast.evaluation.report import _read as read_folder
 from shifcon_fast.evaluation.report import report_folder
 from shifcon_fast.evaluation.result import EvaluationResult
 from shifcon_fast.evaluation.system_comparison import ItemOutcome, SystemComparison
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.storage import sha256_file, write_json

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shifcon_fast as sf
 from shifcon_fast.data.parallel import read_parallel
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.storage import write_json
 from shifcon_fast.version import package_versions
 

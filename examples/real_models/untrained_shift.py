@@ -31,7 +31,7 @@ from shifcon_fast.data.questions import Question, read_questions
 from shifcon_fast.evaluation.choice_scores import choice_accuracy, choice_differences
 from shifcon_fast.evaluation.multiple_choice import ChoiceOutcome, measure_multiple_choice
 from shifcon_fast.evaluation.sweep_plot import sweep_plot
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.area import propose_area
 from shifcon_fast.storage import write_json
 from shifcon_fast.version import package_versions

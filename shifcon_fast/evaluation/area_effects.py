@@ -12,7 +12,8 @@ from shifcon_fast.evaluation.exact_match import answer_questions
 from shifcon_fast.evaluation.multiple_choice import measure_multiple_choice
 from shifcon_fast.evaluation.perplexity import Perplexity, measure_perplexity
 from shifcon_fast.evaluation.retrieval import retrieval_scores, sentence_representations
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.intervention import InterventionName
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import Scores

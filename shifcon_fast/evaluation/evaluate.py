@@ -27,8 +27,8 @@ from shifcon_fast.evaluation.perplexity import measure_perplexity
 from shifcon_fast.evaluation.result import AttachedArea, EvaluationResult
 from shifcon_fast.evaluation.retrieval import check_parallel, measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.version import package_versions
 

@@ -28,9 +28,9 @@ from shifcon_fast.evaluation.answer_words import ANSWER_WORDS, TURN_TOKENS, TURN
 from shifcon_fast.evaluation.grading import Gold, is_correct, read_gold
 from shifcon_fast.evaluation.sentences import context_length, input_device
 from shifcon_fast.extras import needed_for
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.attachment import unshifted
 from shifcon_fast.modeling.contiguous_head import contiguous_head
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 from shifcon_fast.notices import warn_once
 

@@ -29,8 +29,8 @@ from shifcon_fast.data.prompts import encode_continuation, prompt_text
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.exact_match import FewShot, Templates, check_unique, prompt_turns
 from shifcon_fast.evaluation.sentences import context_length, input_device
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.attachment import unshifted
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.modeling.vocabulary import check_token_ids, embedding_rows, padding_id
 
 _WITHOUT_SPACES = ("zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz")

@@ -22,8 +22,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from shifcon_fast.evaluation.sentences import input_device, sentence_batches
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.attachment import unshifted
+from shifcon_fast.modeling.handle import ShiftHandle
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from shifcon_fast import ops
 from shifcon_fast.evaluation.sentences import input_device, sentence_batches
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.content import content_mask
+from shifcon_fast.modeling.handle import ShiftHandle
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from shifcon_fast.evaluation.area_effects import EffectMeter
 from shifcon_fast.evaluation.exact_match import check_installed
 from shifcon_fast.evaluation.perplexity import Perplexity
 from shifcon_fast.evaluation.retrieval import check_parallel
+from shifcon_fast.modeling import fitting
 from shifcon_fast.modeling.architectures import locate_decoder
-from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
 from shifcon_fast.space.intervention import InterventionName, check_intervention
@@ -305,13 +305,12 @@ def _questions(
 @contextmanager
 def _without_dose_warnings() -> Iterator[None]:
     """What ``attach`` says of a long shift, a sweep has in its table."""
-    logger = logging.getLogger(attach.__module__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    before = fitting.logger.level
+    fitting.logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        fitting.logger.setLevel(before)
 
 
 def _nats(found: Perplexity) -> list[float | None]:

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shifcon_fast import ops
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.boundaries import boundary_representations, representations_and_unshifted
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.modeling.packing import to_device
 from shifcon_fast.objective.across_processes import gather_pairs, pairs_of_processes
 from shifcon_fast.objective.gradient_cache import encode_in_turns, passes_needed

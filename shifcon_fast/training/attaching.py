@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shifcon_fast.data.languages import is_same_language
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.notices import warn_once
 from shifcon_fast.space.area import propose_area, recommend_area
 from shifcon_fast.space.language_shift import LanguageShift

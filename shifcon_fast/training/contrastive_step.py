@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.early_gradient import can_go_early, with_gradient_now
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_loss
 from shifcon_fast.training.arguments import ShifConArguments

@@ -10,7 +10,7 @@ from peft import PeftModel
 from shifcon_fast.data.chat_template import end_of_turn
 from shifcon_fast.data.languages import position_of
 from shifcon_fast.extras import needed_for
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.training.batches.language_column import LanguageCollator
 from shifcon_fast.training.batches.training_data import text_tokenizer
 from shifcon_fast.training.batches.trl_columns import LanguageColumns, add_language_ids

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.evaluation_mode import drops_out, evaluation_mode
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.mcl import ContrastiveBatch
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_shift import LanguageShift

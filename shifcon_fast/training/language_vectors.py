@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.estimate_space import estimate_space
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import read_tensors

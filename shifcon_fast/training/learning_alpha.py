@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.run.run_card import read_card
 from shifcon_fast.training.run.shift_file import read_shift

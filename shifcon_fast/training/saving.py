@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
-from shifcon_fast.modeling.attach import ShiftHandle
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.vectors import LanguageVectors
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import replacing, staging_folder

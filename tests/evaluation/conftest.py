@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.estimate_space import estimate_space
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.language_space import LanguageSpace
 
 

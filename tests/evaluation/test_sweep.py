@@ -131,6 +131,17 @@ def test_a_shift_that_destroys_the_model_is_measured_all_the_same(
     assert recommend_area(space).span is None
 
 
+def test_a_long_shift_is_in_the_table_and_not_warned_of(
+    tiny_model, word_tokenizer, space, parallel_text, caplog
+) -> None:
+    options = OPTIONS | {"areas": [(1, 3)], "alpha": [50]}
+    found = sweep_area(tiny_model(), word_tokenizer, space, parallel_text, QUESTIONS, **options)
+    assert max(found.areas[0].dose["sw"]) > 1
+    assert "longer than a hidden state" not in caplog.text
+    attach(tiny_model(), space, 1, 3, 50)
+    assert "longer than a hidden state" in caplog.text
+
+
 def test_every_candidate_is_measured_and_the_pivot_is_not(found) -> None:
     areas = [(1, 2), (1, 3), (2, 3)]
     assert [area.candidate for area in found.areas] == [

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from shifcon_fast.modeling import installation
 from shifcon_fast.modeling.architectures import locate_decoder
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.attachment import Attachment
 from shifcon_fast.modeling.blocks import SHIFT_TABLE
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.fingerprint import model_fingerprint
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.language_shift import LanguageShift
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.objective.mcl import ContrastiveBatch, mcl_from_representations, mcl_loss
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.space.language_space import LanguageSpace

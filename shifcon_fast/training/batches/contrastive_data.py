@@ -12,8 +12,8 @@ import torch
 
 from shifcon_fast.data.errors import DataError
 from shifcon_fast.modeling import vocabulary
-from shifcon_fast.modeling.attach import ShiftHandle
 from shifcon_fast.modeling.content import content_mask
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.modeling.vocabulary import check_token_ids, gives_unknown_ids, padding_id, within_context
 from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch

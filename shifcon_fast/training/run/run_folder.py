@@ -12,8 +12,9 @@ import peft
 import torch
 
 from shifcon_fast.export.model_card import README, is_written_by_hand
-from shifcon_fast.modeling.attach import ShiftHandle, attach
+from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
+from shifcon_fast.modeling.handle import ShiftHandle
 from shifcon_fast.space.language_shift import LanguageShift
 from shifcon_fast.storage import read_json, replacing, write_json
 from shifcon_fast.training.run.checkpoints import CARD
