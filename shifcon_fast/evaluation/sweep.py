@@ -29,7 +29,7 @@ from shifcon_fast.evaluation.retrieval import check_parallel
 from shifcon_fast.modeling import fitting
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
-from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint
+from shifcon_fast.modeling.fingerprint import fingerprint_differences, model_fingerprint, quantization_of
 from shifcon_fast.space.intervention import InterventionName, check_intervention
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.space.sweep_result import (
@@ -339,7 +339,7 @@ def _identity(
         "questions": len(questions),
         "questions_sha256": _sha256(questions) if questions else None,
         "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
-        "quantization": "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none",
+        "quantization": quantization_of(model) or "none",
         "max_new_tokens": max_new_tokens if questions else None,
     }
 

@@ -242,6 +242,8 @@ def test_areas_can_be_added_and_nothing_is_measured_twice(swept, monkeypatch, tm
 def test_a_sweep_of_something_else_is_refused(swept, tiny_model, space, parallel_text) -> None:
     swept(areas=[(1, 2)])
     changed = {**parallel_text, "sw": [f"{sentence} ?" for sentence in parallel_text["sw"]]}
+    in_fp4 = tiny_model()
+    in_fp4.config.quantization_config = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
     for change, message in (
         ({"model": tiny_model(seed=1), "space": space}, "embedding weights differ|estimated on"),
         ({"space": space.replace_means(space.mean + 0.01)}, "vectors_sha256"),
@@ -250,6 +252,7 @@ def test_a_sweep_of_something_else_is_refused(swept, tiny_model, space, parallel
         ({"languages": ["sw"]}, "parallel_sha256"),
         ({"questions": QUESTIONS}, "questions 0 there, 8 here"),
         ({"model": tiny_model().bfloat16()}, "dtype float32 there, bfloat16 here"),
+        ({"model": in_fp4}, "quantization none there, fp4 here"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
             swept(areas=[(1, 2)], **change)
