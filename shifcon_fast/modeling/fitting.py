@@ -16,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_fingerprint: bool) -> None:
+    """Refuse a shift of another model; say where it was estimated on other weights, and where it is long.
+
+    Raises:
+        ValueError: another hidden size or number of boundaries, or, with ``check_fingerprint``, another model.
+    """
     check_size(shift, decoder)
     made_with = shift.provenance.get("model")
     expected = made_with.get("fingerprint") if check_fingerprint and isinstance(made_with, dict) else None
@@ -34,6 +39,11 @@ def check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_f
 
 
 def check_size(space: LanguageSpace | LanguageShift, decoder: Decoder) -> None:
+    """Refuse vectors that a decoder's residual stream has no room for.
+
+    Raises:
+        ValueError: another hidden size or number of boundaries.
+    """
     if space.hidden_size != decoder.hidden_size:
         raise ValueError(
             f"space: got vectors of size {space.hidden_size}, wanted the model's hidden size "
