@@ -87,7 +87,9 @@ def results(experiment: dict[str, ModuleType], tmp_path_factory: pytest.TempPath
             told = [True, False, None] if arm == "plain" else [True, True, None]
             known["continued"] = {"sw": [{"text": "ndiyo", "in_language": each} for each in told]}
         made = evaluation(experiment["stored"], arm, seed)
-        experiment["stored"].write_run(experiment["run"].result_file(folder, MODEL, arm, seed), made, known)
+        experiment["stored"].write_run(
+            experiment["stored"].result_file(folder, MODEL, arm, seed), made, known
+        )
     return folder
 
 
@@ -173,7 +175,7 @@ def test_results_of_something_else_are_refused(
     (tmp_path / MODEL).mkdir()
     (tmp_path / MODEL / "plain-1.json").write_text(json.dumps({**held, **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        experiment["run"].is_done(tmp_path, MODEL, "plain", 1)
+        experiment["stored"].read_runs(tmp_path, [(MODEL, "plain", 1)])
 
 
 def test_arms_of_unequal_text_are_refused(
@@ -200,16 +202,14 @@ def test_arms_of_unequal_text_are_refused(
         held = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**held, "text": digest(data)}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"shifcon-1.json: was trained on and measured with other text"):
-        experiment["report"].read_runs(mine, experiment["arms"].runs())
+        experiment["report"].write(mine, tmp_path, tmp_path / "does-it-help.md")
     monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(mine), "--data", str(other)])
     with pytest.raises(SystemExit, match=r"plain-1.json: was trained on .* that of the data folder is"):
         experiment["run"].main()
     (mine / MODEL / "shifcon-1.json").unlink()
-    assert experiment["report"].read_runs(mine, experiment["arms"].runs()).keys() == {
-        "base",
-        "plain",
-        "shifcon",
-    }
+    held = experiment["stored"].read_runs(mine, experiment["arms"].runs())
+    experiment["stored"].of_one_text(held)
+    assert {arm for _, arm, _ in held} == {"base", "plain", "shifcon"}
 
 
 def test_the_report_is_made_of_what_there_is(

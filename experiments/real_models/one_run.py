@@ -24,7 +24,7 @@ from arms import (
     split_for,
 )
 from peft import LoraConfig
-from stored import questions, write_run
+from stored import questions, result_file, write_run
 from texts import digest, instructions, news, prompts, sentences, translations
 from transformers import AutoTokenizer
 
@@ -93,7 +93,7 @@ def one_run(model: str, arm: str, seed: int, *, data: Path, work: Path, results:
     text = sentences(data)
     result = measure(trained, tokenizer, questions(split_for(seed)), text)
     known["continued"] = continued(trained, tokenizer, text)
-    write_run(results / model / f"{arm}-{seed}.json", result, known)
+    write_run(result_file(results, model, arm, seed), result, known)
 
 
 def measure(

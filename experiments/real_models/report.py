@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from arms import BASE, MODELS, PIVOT, PLAIN, WEAK, arguments, runs, search_runs
 from page_regions import filled
-from run import RESULTS, is_done, result_file
-from stored import of_one_text, read_run
+from run import RESULTS
+from stored import Run, Runs, of_one_text, read_runs
 
 from shifcon_fast.evaluation.bootstrap import Interval
 from shifcon_fast.evaluation.cells import percent, points
@@ -59,12 +59,14 @@ def write(results: Path, output: Path, document: Path) -> str:
     Raises:
         ValueError: no model has the base and plain QLoRA yet, or a result file of another version.
     """
+    every = read_runs(results, (*runs(), *search_runs()))
+    of_one_text(every)
     text = document.read_text(encoding="utf-8")
     pages: list[Section] = []
     counted = []
     for model in MODELS:
         planned = [run for run in runs() if run[0] == model]
-        held = read_runs(results, planned)
+        held = by_arm(every, planned)
         counted.append(f"{model}: {sum(map(len, held.values()))} of {len(planned)} runs")
         if (comparison := compared(held)) is not None:
             for section in [
@@ -76,30 +78,24 @@ def write(results: Path, output: Path, document: Path) -> str:
             write_file(picture, forest_plot(differences(comparison), xlabel="points, against plain QLoRA"))
             shown = f"![Every arm against plain QLoRA, in points](images/{picture.name})"
             text = filled(text, COMMAND, {model: f"{shown}\n\n{markdown_of(comparison, held)}"})
-        tried = read_runs(results, [run for run in search_runs() if run[0] == model])
+        tried = by_arm(every, [run for run in search_runs() if run[0] == model])
         if (comparison := compared(tried)) is not None:
             text = filled(text, COMMAND, {f"{model}, the search": markdown_of(comparison, tried)})
     if not pages:
         raise ValueError(f"results: {results} lacks {BASE} and {PLAIN} of every model ({'; '.join(counted)})")
-    first = next(iter(read_runs(results, runs()).values()))[0]
-    pages.append(settings_section({"evaluation": first[0].settings, "versions": first[0].versions}))
+    first, _ = next(iter(every.values()))
+    pages.append(settings_section({"evaluation": first.settings, "versions": first.versions}))
     write_file(document, text.encode())
     page = write_report(output, "Does ShifCon help?", pages, subtitle="; ".join(counted))
     return f"{'; '.join(counted)}\n{page}\n{document}"
 
 
-def read_runs(
-    results: Path, planned: Sequence[tuple[str, str, int]]
-) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+def by_arm(every: Runs, planned: Sequence[Run]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """arm → (evaluation, what is known of the run) of each of its runs there is, both in the order of the plan."""
     held: dict[str, list[tuple[Any, dict[str, Any]]]] = {arm: [] for _, arm, _ in planned}
-    read = {}
-    for model, arm, seed in planned:
-        if is_done(results, model, arm, seed):
-            path = result_file(results, model, arm, seed)
-            held[arm].append(read_run(path))
-            read[path] = held[arm][-1][1]
-    of_one_text(read)
+    for run in planned:
+        if run in every:
+            held[run[1]].append(every[run])
     return {arm: found for arm, found in held.items() if found}
 
 

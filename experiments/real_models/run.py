@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from arms import BASE, MODELS, runs, search_runs
-from stored import of_one_text, read_run
+from stored import Run, of_one_text, read_runs
 from texts import digest
 
 HERE = Path(__file__).resolve().parent
@@ -57,12 +57,11 @@ def main() -> None:
     try:
         planned = search_runs() if options.search else runs()
         wanted = chosen(planned, options.models, options.arms, options.seeds)
-        waiting = [run for run in wanted if not is_done(options.results, *run)]
+        held = read_runs(options.results, wanted)
+        waiting = [run for run in wanted if run not in held]
         if waiting and not options.list:
-            held = [result_file(options.results, *run) for run in (*runs(), *search_runs())]
-            of_one_text(
-                {path: read_run(path)[1] for path in held if path.is_file()}, given=digest(options.data)
-            )
+            others = [run for run in (*runs(), *search_runs()) if run not in wanted]
+            of_one_text(held | read_runs(options.results, others), given=digest(options.data))
     except ValueError as error:
         sys.exit(f"run.py: {error}")
     print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done")
@@ -74,9 +73,7 @@ def main() -> None:
         sys.exit(f"run.py: {len(failed)} failed: {', '.join(' '.join(map(str, run)) for run in failed)}")
 
 
-def chosen(
-    planned: Sequence[tuple[str, str, int]], models: str, arms: str | None, seeds: str | None
-) -> list[tuple[str, str, int]]:
+def chosen(planned: Sequence[Run], models: str, arms: str | None, seeds: str | None) -> list[Run]:
     """Those of the planned runs that were asked for, in their order. The base's one run is of any seed.
 
     Raises:
@@ -99,31 +96,11 @@ def chosen(
     return found
 
 
-def result_file(results: Path, model: str, arm: str, seed: int) -> Path:
-    """Where a run's result lies."""
-    return results / model / f"{arm}-{seed}.json"
-
-
-def is_done(results: Path, model: str, arm: str, seed: int) -> bool:
-    """Whether a run has a result of this version of the protocol; one of another is refused."""
-    path = result_file(results, model, arm, seed)
-    if not path.is_file():
-        return False
-    _, held = read_run(path)
-    if (held["model"], held["arm"], held["seed"]) != (model, arm, seed):
-        raise ValueError(
-            f"{path}: is of {held['model']} {held['arm']} {held['seed']}; wanted that of its name"
-        )
-    return True
-
-
-def run_all(
-    waiting: Sequence[tuple[str, str, int]], options: argparse.Namespace
-) -> list[tuple[str, str, int]]:
+def run_all(waiting: Sequence[Run], options: argparse.Namespace) -> list[Run]:
     """Run them, some side by side; those that failed."""
     start, failed = time.monotonic(), []
 
-    def run(which: tuple[str, str, int]) -> int | None:
+    def run(which: Run) -> int | None:
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
             return None
         return in_process(which, options)
@@ -150,7 +127,7 @@ def run_all(
     return failed
 
 
-def in_process(which: tuple[str, str, int], options: argparse.Namespace) -> int:
+def in_process(which: Run, options: argparse.Namespace) -> int:
     """One run in a process of its own, with one thread; its exit status."""
     log = log_of(options.work, *which)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from shifcon_fast.storage import read_json, write_json
 
 KIND = "experiment run"
 _DIGITS = 4  # of nats
+
+Run = tuple[str, str, int]
+"""(model, arm, seed)."""
+
+Runs = dict[Run, tuple[EvaluationResult, dict[str, Any]]]
+"""Run → (evaluation, what is known of the run)."""
 
 
 @cache
@@ -57,24 +63,48 @@ def write_run(path: Path, result: EvaluationResult, run: Mapping[str, Any]) -> N
     )
 
 
-def of_one_text(runs: Mapping[Path, Mapping[str, Any]], *, given: str | None = None) -> None:
+def result_file(results: Path, model: str, arm: str, seed: int) -> Path:
+    """Where a run's result lies."""
+    return results / model / f"{arm}-{seed}.json"
+
+
+def read_runs(results: Path, planned: Iterable[Run]) -> Runs:
+    """Those of the planned runs that have a result, in their order; each file is read once.
+
+    Raises:
+        ValueError: as :func:`read_run`, or a file that is of another run than its name says.
+    """
+    held: Runs = {}
+    for run in planned:
+        path = result_file(results, *run)
+        if not path.is_file():
+            continue
+        result, known = read_run(path)
+        if (of := (known["model"], known["arm"], known["seed"])) != run:
+            raise ValueError(f"{path}: is of {' '.join(map(str, of))}; wanted that of its name")
+        held[run] = result, known
+    return held
+
+
+def of_one_text(held: Runs, *, given: str | None = None) -> None:
     """Refuse runs of unequal text; those made before a result named its own are taken as they are.
 
     Args:
-        runs: result file → what is known of the run.
+        held: as :func:`read_runs` gives them.
         given: the digest (``texts.digest``) that runs yet to be made would have.
 
     Raises:
         ValueError: two digests.
     """
     first: tuple[str, Any] | None = None if given is None else (given, "of the data folder")
-    for path, known in runs.items():
+    for (model, arm, seed), (_, known) in held.items():
         if (named := known.get("text")) is None:
             continue
-        first = first or (named, f"of {path}")
+        name = f"{model}/{arm}-{seed}.json"
+        first = first or (named, f"of {name}")
         if named != first[0]:
             raise ValueError(
-                f"{path}: was trained on and measured with other text (SHA-256 {named[:12]}, that {first[1]} is "
+                f"{name}: was trained on and measured with other text (SHA-256 {named[:12]}, that {first[1]} is "
                 f"{first[0][:12]}); arms are compared on the same. Delete it and run it again, or give the folder "
                 "of its text as --data"
             )
