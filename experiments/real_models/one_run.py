@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from arms import (
 from peft import LoraConfig
 from stored import questions, result_file, write_run
 from texts import digest, instructions, news, prompts, sentences, translations
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from shifcon_fast.data.questions import Question
 from shifcon_fast.evaluation.evaluate import area_of
@@ -38,7 +39,7 @@ from shifcon_fast.evaluation.retrieval import measure_retrieval
 from shifcon_fast.modeling.architectures import locate_decoder
 from shifcon_fast.modeling.estimate_space import estimate_space
 from shifcon_fast.modeling.evaluation_mode import evaluation_mode
-from shifcon_fast.space.language_shift import Recipe
+from shifcon_fast.space.language_shift import LanguageShift, Recipe
 from shifcon_fast.space.language_space import LanguageSpace
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.trainer import ShifConTrainer
@@ -184,11 +185,30 @@ def train(
             space_folder(work, model, "questions" if made_of(arm).on_questions else args.recipe, data=data)
         ),
     )
-    assert trainer.handle is not None
-    dose = {code: [round(each, 4) for each in trainer.handle.shift.dose(code)] for code in WEAK}
+    handle = trainer.handle
+    assert handle is not None
+    at_the_end = _AtTheEnd(lambda: doses(handle.shift))
+    trainer.add_callback(at_the_end)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss_generation" in entry]
-    return trainer.model, {"dose": dose, "log": steps}
+    found = {"dose": doses(handle.shift), "dose_in_training": at_the_end.found, "log": steps}
+    return trainer.model, found
+
+
+class _AtTheEnd(TrainerCallback):
+    """What is to be seen at the last step; vectors that follow training are estimated anew after it."""
+
+    def __init__(self, look: Callable[[], Any]) -> None:
+        self.look = look
+        self.found: Any = None
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.found = self.look()
+
+
+def doses(shift: LanguageShift) -> dict[str, list[float]]:
+    """Weak language → its dose at f and at b, in three digits that count."""
+    return {code: [float(f"{each:.3g}") for each in shift.dose(code)] for code in WEAK}
 
 
 def space_folder(work: Path, model: str, name: str, *, data: Path) -> Path:

@@ -25,6 +25,8 @@ from shifcon_fast.space.language_router import LanguageRouter
 
 Recipe = Literal["stable", "official"]
 
+_NEXT_TO_NOTHING = 0.01  # of a hidden state; bfloat16 rounds numbers by up to 0.004 of themselves
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageShift:
@@ -254,21 +256,49 @@ class LanguageShift:
 
 
 def dose_warning(shift: LanguageShift) -> str | None:
-    """One sentence where the dose of a shift at f or b is above 1 for a language; None where it is not."""
-    doses = [
+    """A sentence on languages whose dose is above 1, one on those that are hardly shifted; None without either.
+
+    What is left alone on purpose, the pivot and a language whose alpha is 0, is not hardly shifted.
+    """
+    doses = {language: shift.dose(language) for language in shift.languages}
+    return " ".join(filter(None, (_too_long(shift, doses), _too_short(shift, doses)))) or None
+
+
+def _too_long(shift: LanguageShift, doses: Mapping[str, tuple[float, float]]) -> str:
+    high = [
         (dose, language, boundary)
-        for language in shift.languages
-        for dose, boundary in zip(shift.dose(language), (shift.forward, shift.backward), strict=True)
+        for language, both in doses.items()
+        for dose, boundary in zip(both, (shift.forward, shift.backward), strict=True)
+        if dose > 1
     ]
-    high = [each for each in doses if each[0] > 1]
     if not high:
-        return None
+        return ""
     dose, language, boundary = max(high)
     affected = list(dict.fromkeys(each[1] for each in high))
     return (
         f"The shift of {', '.join(affected)} is longer than a hidden state (alpha = "
         f"{shift.alpha_of(language):g}; {language} at boundary {boundary}: {dose:.1f} times the median norm). "
         "Answers are known to collapse above 1: lower alpha, or take another area."
+    )
+
+
+def _too_short(shift: LanguageShift, doses: Mapping[str, tuple[float, float]]) -> str:
+    low = {
+        language: max(both)
+        for language, both in doses.items()
+        if language != shift.pivot and shift.alpha_of(language) != 0 and max(both) < _NEXT_TO_NOTHING
+    }
+    if not low:
+        return ""
+    longest = max(low, key=lambda language: low[language])
+    cause = (
+        "The official recipe makes sentences unit length, however long hidden states are: recipe='stable' does not."
+        if shift.recipe == "official"
+        else "Their vectors hardly differ from the pivot's there: take another area, or raise alpha."
+    )
+    return (
+        f"The shift of {', '.join(low)} moves next to nothing (alpha = {shift.alpha_of(longest):g}; {longest}: "
+        f"{low[longest]:.2g} of the median norm at most). {cause}"
     )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from shifcon_fast.modeling.boundaries import boundary_representations
 from shifcon_fast.modeling.evaluation_mode import drops_out, evaluation_mode
 from shifcon_fast.modeling.handle import ShiftHandle
+from shifcon_fast.notices import warn_once
 from shifcon_fast.objective.mcl import ContrastiveBatch
 from shifcon_fast.objective.vectors import LanguageVectors
-from shifcon_fast.space.language_shift import LanguageShift
+from shifcon_fast.space.language_shift import LanguageShift, dose_warning
 from shifcon_fast.training.arguments import ShifConArguments
 from shifcon_fast.training.language_vectors import estimate_again, track_vectors
 
@@ -96,6 +97,8 @@ class FollowingTrainer:
         if self.args.final_estimation and not self._vectors.finished:  # ended early, or at an earlier best
             self._estimate_finally()
         self.handle.set_shift(self._vectors.shift(training=False))
+        if self._vectors.mode != "frozen" and (warning := dose_warning(self.handle.shift)):
+            warn_once(f"After training: {warning}")
 
     def _estimate(self) -> LanguageShift:
         assert self.handle is not None

@@ -159,6 +159,7 @@ def test_a_dose_above_one_is_said_for_the_language_and_boundary_where_it_is_high
     space = space_with([2.0, 1.0, 1.0, 2.0], [2.0, 1.0, 1.0, 2.0])
     space.mean[1, 1] = torch.tensor([0.6, 0.0, 0.0, 0.0])
     space.mean[2, 1] = torch.tensor([1.5, 0.0, 0.0, 0.0])
+    space.mean[:, 2] = 0.1
     assert dose_warning(space.shift(1, 3)) is None
     warning = dose_warning(space.shift(1, 2))
     assert warning is not None
@@ -167,6 +168,28 @@ def test_a_dose_above_one_is_said_for_the_language_and_boundary_where_it_is_high
     )
     assert dose_warning(space.shift(1, 2, 0.5)) is None
     assert dose_warning(space.shift(1, 3, -2.0)) is not None
+
+
+def test_a_shift_that_moves_next_to_nothing_is_said() -> None:
+    space = space_with([2.0, 1.0, 1.0, 2.0], [2.0, 1.0, 1.0, 2.0])
+    space.mean[1, 1] = torch.tensor([0.05, 0.0, 0.0, 0.0])
+    space.mean[1, 2] = torch.tensor([0.002, 0.0, 0.0, 0.0])
+    warning = dose_warning(space.shift(1, 2))
+    assert warning is not None
+    assert warning.startswith(
+        "The shift of sw moves next to nothing (alpha = 1; sw: 0.002 of the median norm"
+    )
+    assert "take another area" in warning
+    assert dose_warning(space.shift(1, 2, 10.0)) is None
+    assert dose_warning(space.shift(1, 2, 0.0)) is None  # it was asked for
+    official = dose_warning(space.shift(2, 3, recipe="official"))
+    assert official is not None
+    assert "recipe='stable' does not" in official
+    space.mean[1, 1] = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    both = dose_warning(space.shift(1, 2, 3.0))
+    assert both is not None
+    assert "sw moves next to nothing" in both
+    assert "The shift of de is longer than a hidden state" in both
 
 
 def test_area_needs_subspaces() -> None:

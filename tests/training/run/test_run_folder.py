@@ -260,6 +260,21 @@ def test_a_failing_final_estimation_keeps_the_trained_model(
         assert torch.equal(kept, trainer.model.eval()(IDS, **ids).logits)
 
 
+def test_a_shift_that_training_leaves_next_to_nothing_of_is_said(
+    make_trainer: Callable[..., ShifConTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = make_trainer(vectors="ema", max_steps=1)
+    shift = trainer.handle.shift
+    assert min(max(shift.dose(code)) for code in ("de", "sw", "tr")) > 0.01
+    monkeypatch.setattr(trainer, "_estimate", lambda: replace(shift, vectors=shift.vectors / 1000))
+    trainer.train()
+    said = "".join(record.getMessage() for record in caplog.records)
+    assert said.count("After training: The shift of") == 1
+    assert "moves next to nothing" in said
+
+
 def test_unshifted_run_is_attached_without_effect(
     make_trainer: Callable[..., ShifConTrainer], tmp_path: Path
 ) -> None:
