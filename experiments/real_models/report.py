@@ -175,11 +175,15 @@ def besides(
                 *(f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in ratios),
                 f"{sum(middle) / len(middle):.2f}",
                 *(_in_language(found, codes) for codes in (WEAK, [PIVOT])),
-                f"{max(doses):.2f}" if doses else "–",
+                _dose(max(doses)) if doses else "–",
                 f"{_mean_seconds(found) / 60:.1f}",
             ]
         )
     return rows
+
+
+def _dose(dose: float) -> str:
+    return f"{dose:.2f}" if dose >= 0.01 else f"{dose:.5f}"
 
 
 def _in_language(found: list[tuple[Any, dict[str, Any]]], codes: Sequence[str]) -> str:
