@@ -78,11 +78,15 @@ def tokens() -> Tensor:
 
 
 @torch.no_grad()
-def _by_hooks(model: Any, added: Mapping[int, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits of a copy in ``dtype`` without ShifCon, whose blocks' inputs are moved by hooks."""
+def _by_hooks(
+    model: Any, added: Mapping[int, Tensor], tokens: Tensor, dtype: torch.dtype, *, merged: bool = False
+) -> Tensor:
+    """Logits of a copy in ``dtype`` without ShifCon, whose blocks' inputs are moved by hooks; PEFT merges it."""
     plain = copy.deepcopy(model)
     plain.shifcon.detach()
     plain.to(dtype)
+    if merged:
+        plain = plain.merge_and_unload()
     for block, vector in added.items():
         moved = vector.to(dtype)
         locate_decoder(plain).blocks[block].register_forward_pre_hook(
@@ -106,9 +110,13 @@ class Oracle:
 
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., Oracle]:
-    """For one language of an attached model (None: unshifted), from its space's vectors and not from its tables."""
+    """For one language of an attached model (None: unshifted), from its space's vectors and not from its tables.
 
-    def look(model: Any, language: str | None, tokens: Tensor) -> Oracle:
+    With ``merged``, plain float32 arithmetic is that of the adapter beside the weights or merged into them by PEFT,
+    whichever is further off: merging rounds each weight once more.
+    """
+
+    def look(model: Any, language: str | None, tokens: Tensor, *, merged: bool = False) -> Oracle:
         handle, space = model.shifcon, random_space(model)
         added = {}
         if language is not None:
@@ -118,7 +126,10 @@ def oracle() -> Callable[..., Oracle]:
                 gap = space.mean[boundary, pivot] - space.mean[boundary, here]
                 added[boundary - earlier] = sign * handle.alpha * gap
         exact = _by_hooks(model, added, tokens, torch.float64)
-        plain = _by_hooks(model, added, tokens, torch.float32)
-        return Oracle(exact, (plain.double() - exact).abs().max().item())
+        errors = [
+            (_by_hooks(model, added, tokens, torch.float32, merged=way).double() - exact).abs().max().item()
+            for way in ((False, True) if merged else (False,))
+        ]
+        return Oracle(exact, max(errors))
 
     return look

@@ -34,7 +34,7 @@ def test_stock_transformers_computes_the_shifted_logits(
     model = attached(architecture)
     found = export_merged(model, "sw", tmp_path)
     assert found.effect > 0.5
-    oracle(model, "sw", tokens).check(stock(tmp_path, tokens))
+    oracle(model, "sw", tokens, merged=True).check(stock(tmp_path, tokens))
 
 
 def test_every_mlp_layer_gets_a_bias_and_two_are_not_zero(
@@ -77,7 +77,7 @@ def test_without_the_shift_every_architecture_is_merged(
     with pytest.raises(ValueError, match=r"cannot be a bias; --to gguf .* --to merged --without-shift"):
         export_merged(model, "sw", tmp_path)
     export_merged(model, None, tmp_path)
-    oracle(model, None, tokens).check(stock(tmp_path, tokens))
+    oracle(model, None, tokens, merged=True).check(stock(tmp_path, tokens))
 
 
 def test_a_plain_run_is_merged_without_a_language(
@@ -101,7 +101,7 @@ def test_adapters_that_peft_alone_cannot_take(
 ) -> None:
     model = attached("llama", **settings)
     export_merged(model, "sw", tmp_path)
-    oracle(model, "sw", tokens).check(stock(tmp_path, tokens))
+    oracle(model, "sw", tokens, merged=True).check(stock(tmp_path, tokens))
 
 
 def test_the_model_is_left_alone(attached: Callable[..., Any], tokens: Tensor, tmp_path: Path) -> None:
