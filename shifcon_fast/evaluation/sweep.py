@@ -304,7 +304,7 @@ def _questions(
 
 @contextmanager
 def _without_dose_warnings() -> Iterator[None]:
-    """What ``attach`` says of a long shift, a sweep has in its table."""
+    """What ``attach`` says of a dose, a sweep has in its table."""
     before = fitting.logger.level
     fitting.logger.setLevel(logging.ERROR)
     try:

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(shift: LanguageShift, model: nn.Module, decoder: Decoder, check_fingerprint: bool) -> None:
-    """Refuse a shift of another model; say where it was estimated on other weights, and where it is long.
+    """Refuse a shift of another model; say where it was estimated on other weights, and where it is
+    too long or moves next to nothing.
 
     Raises:
         ValueError: another hidden size or number of boundaries, or, with ``check_fingerprint``, another model.

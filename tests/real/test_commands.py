@@ -45,36 +45,17 @@ def work(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, shifcon_data: 
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    shifcon(
-        *(
-            "profile",
-            "--model",
-            smollm2,
-            "--parallel",
-            folder / "profiled.jsonl",
-            "--output",
-            folder / "space",
-        ),
-        *("--quantization", "nf4"),
-    )
+    space, profiled = folder / "space", folder / "profiled.jsonl"
+    shifcon("profile", "--model", smollm2, "--parallel", profiled, "--output", space, "--quantization", "nf4")
     for system, flags in SYSTEMS.items():
         for seed in SEEDS:
             run = folder / f"{system}-{seed}"
             shifcon(
-                *("train", "--model", smollm2, "--space", folder / "space", "--output", run, "--seed", seed),
+                *("train", "--model", smollm2, "--space", space, "--output", run, "--seed", seed, *flags),
                 *("--parallel", folder / "pairs.jsonl", "--instructions", folder / "instructions.jsonl"),
                 *("--max-steps", 2, "--per-device-train-batch-size", 4, "--contrastive-batch-size", 4),
-                *(
-                    "--learning-rate",
-                    1e-3,
-                    "--logging-steps",
-                    1,
-                    "--save-strategy",
-                    "no",
-                    "--report-to",
-                    "none",
-                    *flags,
-                ),
+                *("--learning-rate", 1e-3, "--logging-steps", 1, "--save-strategy", "no"),
+                *("--report-to", "none"),
             )
             shifcon(
                 *("evaluate", "--model", run, "--parallel", folder / "held_out.jsonl"),
