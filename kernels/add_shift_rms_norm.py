@@ -18,12 +18,14 @@ Source: Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4. No atomics: every sum ha
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
+from .launch import cached_launch, ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 
 @triton.jit
@@ -59,6 +61,7 @@ def _scaled(normalised, weight, dtype: tl.constexpr, STYLE: tl.constexpr):
     return (normalised * weight).to(dtype)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _forward_rows(
     x_ptr, residual_ptr, shift_ptr, index_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
@@ -89,6 +92,7 @@ def _forward_rows(
     tl.store(y_ptr + out, _scaled(normalised, weight, h.dtype, STYLE), mask=live)
 
 
+@cached_launch
 @triton.jit
 def _forward_looped(
     x_ptr, residual_ptr, shift_ptr, index_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr,
@@ -126,6 +130,7 @@ def _forward_looped(
         tl.store(y_ptr + row * hidden + column, y, mask=live)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _backward_rows(
     grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr,
@@ -153,6 +158,7 @@ def _backward_rows(
     tl.store(grad_x_ptr + row_start * hidden + column, grad.to(h.dtype), mask=live)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _backward_persistent(
     grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
@@ -195,6 +201,7 @@ def _backward_persistent(
     tl.store(partial_ptr + program * hidden + out, tl.sum(grad_weight, axis=0), mask=out < hidden)
 
 
+@cached_launch
 @triton.jit
 def _backward_looped(
     grad_y_ptr, grad_h_ptr, h_ptr, weight_ptr, rstd_ptr, grad_x_ptr,
@@ -224,6 +231,7 @@ def _backward_looped(
         tl.store(grad_x_ptr + row * hidden + column, grad.to(h.dtype), mask=live)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk"])
 def _weight_columns(
     grad_y_ptr, h_ptr, rstd_ptr, partial_ptr,
@@ -248,6 +256,7 @@ def _weight_columns(
     tl.store(partial_ptr + chunk * hidden + column, tl.sum(total, axis=0), mask=column < hidden)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk"])
 def _shift_columns(
     grad_ptr, index_ptr, partial_ptr,
@@ -295,6 +304,7 @@ _COLUMN_ROWS, _COLUMN_BLOCK, _COLUMN_THREADS = 8, 512, 128
 _LOOP_BLOCK, _LOOP_THREADS = 4096, 256
 
 
+@cache
 def _row_tile(hidden: int) -> tuple[int, int, int]:
     """Rows per program, padded row length and threads of the kernels that hold whole rows."""
     block = next_power_of_2(hidden)

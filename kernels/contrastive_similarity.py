@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
+from .launch import cached_launch, ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def logits_tile(
     return logits * scale
 
 
+@cached_launch
 @triton.jit
 def _write_logits(
     a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr, out_ptr,
@@ -112,6 +113,7 @@ def _write_logits(
     tl.store(at, logits, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows_of_a", "rows_of_b"])
 def _inverse_lengths(
     a_ptr, b_ptr, out_ptr, rows_of_a, rows_of_b, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -135,6 +137,7 @@ def _inverse_lengths(
     tl.store(out_ptr + row + tl.where(of_b, rows_of_a, 0), inverse, mask=present)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows_per_chunk"])
 def _weighted_sums(
     x_ptr, weight_ptr, partial_ptr, rows, rows_per_chunk, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -155,6 +158,7 @@ def _weighted_sums(
     tl.store(partial_ptr + at, tl.sum(total, axis=0), mask=column < hidden)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _row_products(
     x_ptr, inverse_ptr, offset_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -176,6 +180,7 @@ def _row_products(
     tl.store(out_ptr + row, products, mask=present)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _gradient_weights(
     grad_ptr, inverse_a_ptr, inverse_b_ptr, out_ptr, rows, columns, scale: tl.float32,
@@ -221,6 +226,7 @@ def _row_gradient(
     return grad
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["rows"])
 def _through_unit(
     product_ptr, x_ptr, inverse_ptr, row_factor_ptr, offset_ptr, common_ptr, out_ptr,

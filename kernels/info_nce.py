@@ -38,11 +38,12 @@ from .contrastive_similarity import (
     tile_start,
     weights_dtype,
 )
-from .launch import ceil_div, multiprocessors, next_power_of_2, on_device_of, options
+from .launch import cached_launch, ceil_div, multiprocessors, next_power_of_2, on_device_of, options
 
 # --- One tile, N ≤ 128
 
 
+@cached_launch
 @triton.jit
 def _split_products(
     a_ptr, b_ptr, product_ptr, squares_ptr, count, hidden, depth_per_split,
@@ -124,6 +125,7 @@ def _maximum_and_sum(logits, present, AXIS: tl.constexpr):
     return maximum, tl.where(present, total, 1.0)
 
 
+@cached_launch
 @triton.jit
 def _whole_loss(
     product_ptr, squares_ptr, loss_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr,
@@ -166,6 +168,7 @@ def _tile_of_weights(
     return weights + (tl.exp(tl.minimum(logits - column_max, 0.0) - column_log) - identity)
 
 
+@cached_launch
 @triton.jit
 def _whole_weights(
     product_ptr, squares_ptr, row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr,
@@ -201,6 +204,7 @@ def _whole_weights(
     tl.store(weights_ptr + problem * count * count + at, weights, mask=inside)
 
 
+@cached_launch
 @triton.jit
 def _whole_gradient(
     a_ptr, b_ptr, weights_ptr, along_ptr, grad_a_ptr, grad_b_ptr, count, hidden, blocks,
@@ -256,6 +260,7 @@ def _half_gradient(
 # --- Tiles
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["first_row", "stripe"])
 def _tile_sums(
     a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,
@@ -293,6 +298,7 @@ def _tile_sums(
     tl.store(column_sum_ptr + column_at, column_sum, mask=column < count)
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["tiles"])
 def _combine(
     part_sum_ptr, part_max_ptr, max_ptr, log_ptr, tiles, count, scale: tl.float32, BLOCK: tl.constexpr
@@ -319,6 +325,7 @@ def _combine(
     tl.store(log_ptr + problem * count + row, tl.log(total), mask=present)
 
 
+@cached_launch
 @triton.jit
 def _mean_loss(
     row_max_ptr, row_log_ptr, column_max_ptr, column_log_ptr, diagonal_ptr, loss_ptr, count, BLOCK: tl.constexpr
@@ -337,6 +344,7 @@ def _mean_loss(
     tl.store(loss_ptr + problem, tl.sum(total) / (2.0 * count))
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["first_row", "stripe"])
 def _tile_weights(
     a_ptr, b_ptr, product_ptr, inverse_a_ptr, inverse_b_ptr, bias_ptr,

@@ -1,12 +1,14 @@
-"""What every launcher needs: the guard of its device, the compile options, the multiprocessors, sizes of grids."""
+"""What every launcher needs: the launch, the guard of its device, compile options, sizes of grids."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -17,6 +19,62 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
+
+
+class CachedLaunch:
+    """A Triton kernel whose launches after a variant's first cost the host half of what Triton takes.
+
+    ``kernel[grid](*arguments, **constants)`` as in Triton: pointers and numbers by position, ``constexpr``
+    parameters and compile options by name. To find the compiled variant Triton inspects every argument, its knobs
+    and its hooks each time. Here a dictionary has it, by all that Triton (3.5 to 3.9) specialises on for NVIDIA:
+    the device; the constants; a pointer's dtype, and whether it is a multiple of 16 bytes; whether a number is 1, a
+    multiple of 16, fits 32 bits. It is launched as Triton's tutorials launch what they have compiled, launch hooks
+    included (https://triton-lang.org/main/getting-started/tutorials/02-fused-softmax.html). Knobs turned after a
+    variant's first launch are not seen.
+
+    Elsewhere Triton launches: AMD's variants depend on the size of a tensor's storage as well.
+    """
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> partial[Any]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
+        device = arguments[0].device
+        if not _caches(device.type):
+            return self.kernel[grid](*arguments, **constants)
+        key = (device, *constants.items(), *[
+            (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, Tensor)
+            else (value == 1, value & 15 == 0, -_TWO_31 <= value < _TWO_31) if type(value) is int
+            else type(value)
+            for value in arguments
+        ])  # fmt: skip
+        known = self._compiled.get(key)
+        if known is not None:
+            compiled, last = known
+            compiled[grid + _ONES[len(grid) :]](*arguments, *last)
+            return compiled
+        compiled = self.kernel[grid](*arguments, **constants)
+        if compiled is not None:  # a hook of Triton's may have kept it from compiling
+            last = tuple(constants[name] for name in self.kernel.arg_names[len(arguments) :])
+            self._compiled[key] = compiled, last
+        return compiled
+
+
+_TWO_31 = 2**31
+_ONES = (1, 1, 1)
+
+
+def _caches(device_type: str) -> bool:
+    return device_type == "cuda" and torch.version.hip is None
+
+
+def cached_launch(kernel: Any) -> Any:
+    """Decorates a kernel that is launched; an interpreted one has nothing to cache."""
+    return CachedLaunch(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def options(threads: int, stages: int = 1, fuse: bool = True) -> dict[str, int | bool]:

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, multiprocessors, on_device_of, options
+from .launch import cached_launch, ceil_div, multiprocessors, on_device_of, options
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["tokens", "tokens_per_chunk"])
 def _partial_sums(
     h_ptr, mask_ptr, partial_ptr, count_ptr,
@@ -50,6 +51,7 @@ def _partial_sums(
         tl.store(count_ptr + slot, tl.sum(count))
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["chunks"])
 def _finish(
     partial_ptr,
@@ -95,6 +97,7 @@ def _mean_of_chunks(partial_ptr, batch, chunks, column, hidden, factor):
     return total * factor
 
 
+@cached_launch
 @triton.jit(do_not_specialize=["tokens"])
 def _backward(
     grad_ptr, pooled_ptr, factor_ptr, mask_ptr, grad_h_ptr, tokens, hidden,

@@ -24,8 +24,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+import stand_in_driver
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -144,17 +145,11 @@ def cases() -> Iterator[Case]:
 def compile_for(target: str, only: str = "") -> list[dict[str, Any]]:
     """Run every case against ``target`` and describe each kernel that a launcher would have launched."""
     import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    gpu = GPUTarget(*TARGETS[target])
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: gpu
-        )
-    )
-    torch.version.hip = "for this target" if gpu.backend == "hip" else None
+    backend = TARGETS[target][0]
+    stand_in_driver.activate(TARGETS[target])
+    torch.version.hip = "for this target" if backend == "hip" else None
     rows: dict[str, dict[str, Any]] = {}
     launch = JITFunction.run
 
@@ -171,7 +166,7 @@ def compile_for(target: str, only: str = "") -> list[dict[str, Any]]:
     finally:
         JITFunction.run = launch
     return [
-        {"target": target, "kernel": row["kernel"], "case": row["case"], **_describe(row["of"], gpu.backend)}
+        {"target": target, "kernel": row["kernel"], "case": row["case"], **_describe(row["of"], backend)}
         for row in rows.values()
     ]
 

@@ -17,6 +17,7 @@ import torch
 from shifcon_fast.ops.registry import register_backend
 
 _OPERATORS = ("add_shift_rms_norm", "masked_mean_pool", "info_nce", "contrastive_similarity")
+_WITH_PRODUCTS = frozenset({"info_nce", "contrastive_similarity"})  # of PyTorch's, which autocast would round
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -57,4 +58,5 @@ for _operator in _OPERATORS:
         forward=_launcher(_operator, "forward"),
         backward=_launcher(_operator, "backward"),
         unavailable=unavailable,
+        calls_torch=_operator in _WITH_PRODUCTS,
     )

@@ -128,12 +128,18 @@ def test_the_same_numbers_twice(case: str, backend: Chosen, device: torch.device
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_autocast_changes_nothing(backend: Chosen, device: torch.device) -> None:
-    impl = backend("info_nce")
-    a, b = torch.randn(2, 1, 20, 16, device=device)
-    expected = ops.info_nce(a, b, 5.0, recenter=True, impl=impl)
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_changes_nothing(case: str, backend: Chosen, device: torch.device) -> None:
+    function, shapes, operators = CASES[case]
+    impl = backend(*operators)
+    leaves = [leaf(*shape, device=device) for shape in shapes]
+    expected = function(impl, *leaves)
+    gradients = torch.autograd.grad(expected, leaves)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert torch.equal(ops.info_nce(a, b, 5.0, recenter=True, impl=impl), expected)
+        found = function(impl, *leaves)
+        for one, other in zip(torch.autograd.grad(found, leaves), gradients, strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(found, expected)
 
 
 def test_float64_has_no_kernel_and_says_so(backend: Chosen, device: torch.device) -> None:
