@@ -101,7 +101,7 @@ CANDIDATES = {
 }
 """Tried on the questions of the dev territories."""
 
-CHOSEN = ("shifcon-light", "afp-standardised")
+CHOSEN = ("shifcon-light", "afp-standardised", "shifcon-anchored")
 """Of them, arms of the test too; protocol.md says by what rule."""
 
 ARMS |= {name: CANDIDATES[name] for name in CHOSEN}
