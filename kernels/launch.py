@@ -22,7 +22,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class CachedLaunch:
-    """A Triton kernel whose launches after a variant's first cost the host half of what Triton takes.
+    """A Triton kernel, for whose variant Triton is asked once: that saves the host microseconds a launch.
 
     ``kernel[grid](*arguments, **constants)`` as in Triton: pointers and numbers by position, ``constexpr``
     parameters and compile options by name. To find the compiled variant Triton inspects every argument, its knobs
