@@ -295,6 +295,8 @@ _TILE = 2048
 # The persistent backward also holds a float32 sum and the weight, 2 registers an element: twice the threads, and it
 # ends earlier. Of long rows few programs are resident, so each loads ahead: two rows, or one where the shared
 # memory of a multiprocessor (of an A100, the least) does not hold two.
+# Widths such as 5,120 are padded to the next power of two. As two of them (4,096 and 1,024 columns) a row takes
+# more registers and few instructions less: the second one pays for its loads and its reduction again.
 _PERSISTENT_LIMIT = 8192
 _PERSISTENT_PROGRAMS_PER_MULTIPROCESSOR = ((1024, 8), (2048, 4), (4096, 2), (8192, 1))
 _RESIDENT_THREADS = 1024  # of 64 registers
@@ -343,7 +345,7 @@ def forward(
     """Return y, h (``None`` when it would be x itself) and r (x.shape[:-1], float32)."""
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = None if residual is None and shift is None else torch.empty_like(y)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if rows == 0:
@@ -398,7 +400,7 @@ def backward(
             if (need_input or need_shift) and grad_h is not None:
                 grad_x = grad_h.clone(memory_format=torch.contiguous_format)
         elif rows == 0:
-            grad_x = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+            grad_x = torch.empty_like(h, memory_format=torch.contiguous_format)
             grad_weight = weight.new_zeros(hidden, dtype=torch.float32) if need_weight else None
         else:
             grad_x, grad_weight = _through_norm(
@@ -422,7 +424,7 @@ def _through_norm(
     """∂L/∂h and ∂L/∂w: fused while the sum over rows fits in registers, two kernels beyond."""
     hidden = h.shape[-1]
     rows = h.numel() // hidden
-    grad_x = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_input else None
+    grad_x = torch.empty_like(h, memory_format=torch.contiguous_format) if need_input else None
     grad_y, grad_y_stride = _as_rows(grad_y)
     grad_h_stride = hidden
     if grad_h is not None:

@@ -511,8 +511,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ∂L/∂a and ∂L/∂b in the dtype of a, each only when needed."""
     problems, count, hidden = a.shape
-    grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_a else None
-    grad_b = torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_b else None
+    grad_a = torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else None
+    grad_b = torch.empty_like(b, memory_format=torch.contiguous_format) if need_b else None
     if problems == 0 or not (need_a or need_b):
         return grad_a, grad_b
     a, b, grad = a.contiguous(), b.contiguous(), grad.contiguous()

@@ -46,12 +46,16 @@ class CachedLaunch:
         device = arguments[0].device
         if not _caches(device.type):
             return self.kernel[grid](*arguments, **constants)
-        key = (device, *constants.items(), *[
-            (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, Tensor)
-            else (value == 1, value & 15 == 0, -_TWO_31 <= value < _TWO_31) if type(value) is int
-            else type(value)
-            for value in arguments
-        ])  # fmt: skip
+        parts: list[Any] = [device, *constants.items()]
+        for value in arguments:
+            kind = type(value)
+            if kind is int:
+                parts.append((value == 1, value & 15 == 0, -_TWO_31 <= value < _TWO_31))
+            elif isinstance(value, Tensor):
+                parts += (value.dtype, value.data_ptr() & 15 == 0)
+            else:
+                parts.append(kind)
+        key = tuple(parts)
         known = self._compiled.get(key)
         if known is not None:
             compiled, last = known
