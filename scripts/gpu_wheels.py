@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,8 @@ EXPECTED = frozenset(
     )
 )
 OURS = "shifcon_fast"
+# Libraries of bitsandbytes for CUDA that no PyTorch from 2.10 on has, and for other devices: half of its wheel.
+NOT_LOADED = re.compile(r"bitsandbytes/libbitsandbytes_(rocm|xpu|cuda11|cuda12[0-5])\d*\.so")
 
 
 def digest(sources: Path = ROOT / "csrc") -> str:
@@ -169,6 +172,25 @@ def download(folder: Path, missing: dict[str, str]) -> None:
     subprocess.run([*command, *target, "-d", str(folder), *wanted], check=True)
 
 
+def leave_out(wheel: Path, unwanted: re.Pattern[str] = NOT_LOADED) -> None:
+    """Take the files of these names out of a wheel and of the list of files in it."""
+    with zipfile.ZipFile(wheel) as whole:
+        kept = [entry for entry in whole.infolist() if not unwanted.fullmatch(entry.filename)]
+        if len(kept) == len(whole.infolist()):
+            return
+        smaller = wheel.with_suffix(".part")
+        with zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as written:
+            for entry in kept:
+                content = whole.read(entry)
+                if entry.filename.endswith(".dist-info/RECORD"):
+                    rows = content.decode().splitlines(keepends=True)
+                    content = "".join(
+                        row for row in rows if not unwanted.fullmatch(row.split(",")[0])
+                    ).encode()
+                written.writestr(entry, content)
+    smaller.replace(wheel)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -180,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = {n: v for n, v in versions().items() if wheel_of(WHEELS, n, v) is None}
         if missing:
             download(WHEELS, missing)
+        for file in WHEELS.glob("bitsandbytes-*.whl"):
+            leave_out(file)
         recorded = WHEELS / "csrc.sha256"
         current = recorded.exists() and recorded.read_text(encoding="utf-8").strip() == digest()
         if not current or wheel_of(WHEELS, OURS) is None:
