@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from shifcon_fast.training.losses import chunked_cross_entropy as room
 from shifcon_fast.training.losses import liger
@@ -151,6 +152,18 @@ def test_few_tokens_of_a_group_and_none_at_all() -> None:
     found.total.backward()
     assert found.total.item() == 0.0
     assert float(leaf.grad.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["frozen", "trained", "softcap"])
+def test_its_operations_can_be_counted(name: str) -> None:
+    """PyTorch's counter hooks what a module is given, and refuses a leaf where ``autograd.grad`` is called."""
+    head, finish, hidden, targets, groups = case(name, torch.float32)
+    hidden.requires_grad_()
+    with FlopCounterMode(display=False) as counted:
+        chunked_cross_entropy(head, hidden, targets, groups, finish).total.backward()
+    product = 2 * TOKENS * WIDTH * VOCABULARY
+    gradients_of = 1 + any(each.requires_grad for each in head.parameters())
+    assert counted.get_total_flops() >= (1 + gradients_of) * product
 
 
 def test_memory_does_not_grow_with_the_tokens() -> None:
