@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 
 from shifcon_fast import _native, ops
 from shifcon_fast.extras import EXTRAS
+from shifcon_fast.version import package_version
 
 if TYPE_CHECKING:
     from shifcon_fast.training.weights.step_plan import StepPlan
@@ -42,13 +42,7 @@ class Device:
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that matter; None for what is not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: package_version(package) for package in PACKAGES}
 
 
 def devices() -> list[Device]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from shifcon_fast import ops
 from shifcon_fast.modeling.architectures import Decoder
@@ -23,6 +24,8 @@ from shifcon_fast.notices import warn_once
 
 _WORTH_IT = 0.95  # of the padded batch's places; the mask that keeps sentences apart is not free
 _MASKED = ("eager", "sdpa")
+# Before 5.23 transformers counts the chunks of chunked attention from the start of a row, not of each sentence.
+_CHUNKS_OF_SENTENCES = hasattr(masking_utils, "packed_sequence_compatibility_function")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def packing_of(attention_mask: Tensor | None, decoder: Decoder) -> Packing | Non
 
     It stays where there is next to none; where the mask is on an accelerator (reading the lengths would wait for
     it) or is not that of a batch padded on the right; and where the decoder cannot keep sentences in one row apart:
-    see ``Architecture.packs``, and attention implementations that are not transformers' own, which is said once.
+    see ``Architecture.packs``, attention in chunks before transformers 5.23, and attention implementations that are
+    not transformers' own, which is said once.
 
     Args:
         attention_mask: (B, T), of the padded batch.
@@ -106,6 +110,9 @@ def packing_of(attention_mask: Tensor | None, decoder: Decoder) -> Packing | Non
         return None
     sizes: list[int] = lengths.tolist()
     if sum(sizes) > _WORTH_IT * longest * len(sizes) or not decoder.architecture.packs:
+        return None
+    chunk = getattr(decoder.module.config, "attention_chunk_size", None) or longest
+    if chunk < longest and not _CHUNKS_OF_SENTENCES:
         return None
     attention = str(getattr(decoder.module.config, "_attn_implementation", ""))
     flat = attention.startswith("flash_attention")

@@ -265,6 +265,15 @@ class ShifConArguments(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Not used: batches hold what the trainer needs."}
     )
+    # As in transformers from 5.20 on; before it False was the default, and no wish could be told from it.
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run blocks again in the backward pass. Default: as the model was loaded, or by what fits.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
     def __post_init__(self) -> None:
         # YAML and TOML read on and off as truth values.
@@ -305,8 +314,6 @@ class ShifConArguments(TrainingArguments):
     def _read_checkpointing_wish(self) -> bool | None:
         names = ("activation_checkpointing", "gradient_checkpointing")
         given = [getattr(self, name) for name in names if getattr(self, name, None) is not None]
-        if not hasattr(self, names[0]):  # transformers < 5.20, where False is nobody's wish
-            return True if any(given) else None
         return bool(given[0]) if given else None
 
     @property

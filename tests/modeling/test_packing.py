@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from shifcon_fast.modeling import packing
 from shifcon_fast.modeling.architectures import ARCHITECTURES, locate_decoder
 from shifcon_fast.modeling.attach import attach
 from shifcon_fast.modeling.boundaries import boundary_representations
@@ -87,7 +88,8 @@ def test_sentences_that_share_rows_are_as_if_alone(architecture, shifted, tiny_m
         found.append(compute())
         (found[-1] * probe).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert seen[0] == (3, 24)
+    chunks = architecture == "llama4_text" and not packing._CHUNKS_OF_SENTENCES
+    assert seen[0] == ((6, 24) if chunks else (3, 24))
     # Attention weights are float32 in some of them, whatever the model is.
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-6)
     assert len(gradients[0]) > 8
@@ -188,6 +190,17 @@ def test_an_attention_that_is_not_known_keeps_padding_and_says_so(tiny_model, mo
         assert packing_of(make_batch()["attention_mask"], decoder) is None
     (said,) = [record.message for record in caplog.records]
     assert "batches are padded: whether the attention 'paged|sdpa' keeps sentences" in said
+
+
+def test_chunks_of_attention_are_those_of_a_sentence_or_padding_stays(tiny_model, monkeypatch):
+    decoder = locate_decoder(tiny_model("llama4_text"))
+    chunk, mask = decoder.module.config.attention_chunk_size, make_batch()["attention_mask"]
+    assert mask.shape[1] > chunk
+    monkeypatch.setattr(packing, "_CHUNKS_OF_SENTENCES", True)
+    assert packing_of(mask, decoder) is not None
+    monkeypatch.setattr(packing, "_CHUNKS_OF_SENTENCES", False)
+    assert packing_of(mask, decoder) is None
+    assert packing_of(make_batch((chunk, 5, 4, 3))["attention_mask"], decoder) is not None  # one chunk a row
 
 
 def test_padding_stays_where_packing_wins_nothing_or_lengths_are_not_known(tiny_model):

@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +23,7 @@ from typing_extensions import TypedDict
 
 from shifcon_fast.storage import cache_root, read_json
 from shifcon_fast.training.weights.nf4_linear import nf4_linear
+from shifcon_fast.version import package_version
 
 WORTH_IT = 1.25
 """How many times as fast bfloat16 must be to be chosen: less is noise, or lost again around the products."""
@@ -124,7 +124,7 @@ def _file(quantization: str) -> Path:
 
 
 def _measured_with(quantization: str) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("torch", "bitsandbytes")}
+    versions = {name: package_version(name) for name in ("torch", "bitsandbytes")}
     return {"processor": processor(), "versions": versions, "quantization": quantization}
 
 
