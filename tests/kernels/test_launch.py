@@ -29,6 +29,17 @@ def test_sizes_are_those_of_triton() -> None:
     assert launch.ceil_div(0, 8) == 0
 
 
+@pytest.mark.parametrize(
+    ("release", "compared"),
+    [("3.4.1", False), ("3.5.0", True), ("3.9.0+git1", True), ("3.10.0", False), ("4.0.0", False)],
+)
+def test_a_release_that_may_specialise_on_more_launches_itself(release: str, compared: bool) -> None:
+    assert launch._is_compared(release) == compared
+    assert launch._is_compared(triton.__version__), (
+        "compare the launches below with it, then say so in launch.py"
+    )
+
+
 # --- launches, of which Triton's are the oracle
 
 
