@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ from timing import (
     time_with_events,
     use_one_stream,
 )
+
+from shifcon_fast.version import package_version
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "inf-cl")
 LOST = 77  # exit status: the device may be lost to this process, and a new one is to go on
@@ -152,12 +153,7 @@ def _keep_freed_memory() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # the machine's name tells a reader nothing
-    machine_info["packages"] = {}
-    for package in PACKAGES:
-        try:
-            machine_info["packages"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            machine_info["packages"][package] = None
+    machine_info["packages"] = {package: package_version(package) for package in PACKAGES}
     machine_info["cuda"] = torch.version.cuda
     machine_info["device"] = platform.processor() or platform.machine()
     machine_info["threads"] = torch.get_num_threads()

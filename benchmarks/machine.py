@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from shifcon_fast.version import package_version
 
 LEVELS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -26,5 +27,8 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
+        | {
+            name: package_version(name)
+            for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+        },
     }
